@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// adapted_linear on the CPU: the low-rank kernels over threads, and the registration.
+#include "../adapted_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "backend.h"
+#include "kernels.h"
+
+namespace peftkern {
+
+using cpu::kColumnUnit;
+using cpu::kernels;
+using cpu::kRowUnit;
+using torch::stable::parallel_for;
+
+namespace {
+
+constexpr double kWorkPerThread = 1 << 16;  // multiply-adds; below about 10 us of work a second thread costs more
+
+// f(begin, end) over [0, n) in whole units, on as many threads as the work (multiply-adds per element of n) is worth.
+template <class F>
+void split(int64_t n, int64_t unit, double work_per_element, const F& f) {
+  const double units = kWorkPerThread / (work_per_element * static_cast<double>(unit) + 1.0);
+  const int64_t grain = units < 1.0 ? 1 : static_cast<int64_t>(units);
+  parallel_for(0, ceil_div(n, unit), grain, [&](int64_t begin, int64_t end) {
+    f(begin * unit, end * unit < n ? end * unit : n);
+  });
+}
+
+int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+}  // namespace
+
+void CpuBackend::low_rank_down(const LowRankDown& a) const {
+  const auto& k = kernels();
+  const int64_t ld = k.padded_rank(a.rank);
+  std::vector<float> packed(static_cast<size_t>(round_up(a.columns, 2) * ld));
+  split(a.columns, kColumnUnit, static_cast<double>(ld),
+        [&](int64_t begin, int64_t end) { k.pack_down(a, packed.data(), begin, end); });
+  split(a.rows, kRowUnit, static_cast<double>(a.columns * ld), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(cpu::kRowBlock * ld));
+    k.low_rank_down(a, packed.data(), scratch.data(), begin, end);
+  });
+}
+
+void CpuBackend::low_rank_up(const LowRankUp& a) const {
+  const auto& k = kernels();
+  const int64_t ld = round_up(a.columns, kColumnUnit);
+  std::vector<float> packed(static_cast<size_t>(a.rank * ld));
+  split(ld, kColumnUnit, static_cast<double>(a.rank),
+        [&](int64_t begin, int64_t end) { k.pack_up(a, packed.data(), ld, begin, end); });
+  split(a.rows, kRowUnit, static_cast<double>(a.columns * (a.rank + 1)),
+        [&](int64_t begin, int64_t end) { k.low_rank_up(a, packed.data(), ld, begin, end); });
+}
+
+void CpuBackend::low_rank_grad(const LowRankGrad& a) const {
+  const auto& k = kernels();
+  split(a.columns, kColumnUnit, static_cast<double>(a.rows * a.rank), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(round_up(a.rank, kRowUnit) * kColumnUnit));
+    k.low_rank_grad(a, scratch.data(), begin, end);
+  });
+}
+
+void CpuBackend::column_sums(const ColumnSums& a) const {
+  split(a.columns, kColumnUnit, static_cast<double>(a.rows),
+        [&](int64_t begin, int64_t end) { kernels().column_sums(a, begin, end); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+  m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CpuBackend>));
+  m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CpuBackend>));
+}
+
+}  // namespace peftkern

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU as csrc/adapted_linear.h and csrc/nf4_ops.h see it. CudaBackend has the same members.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include "../low_rank.h"
+#include "../nf4.h"
+
+namespace peftkern {
+
+class CpuBackend {
+ public:
+  explicit CpuBackend(const torch::stable::Tensor&) {}
+
+  void low_rank_down(const LowRankDown&) const;
+  void low_rank_up(const LowRankUp&) const;
+  void low_rank_grad(const LowRankGrad&) const;
+  void column_sums(const ColumnSums&) const;
+
+  void quantize_nf4(const QuantizeNf4&) const;
+  void dequantize_nf4(const DequantizeNf4&) const;
+  void quantize_absmax(const QuantizeAbsmax&) const;
+  void dequantize_absmax(const DequantizeAbsmax&) const;
+};
+
+}  // namespace peftkern

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for AVX-512 F, BW, VL and DQ (Intel Skylake-X, AMD Zen 4 and later).
+// Headers come before the target region: what they define is shared with every other file and must stay baseline code.
+#include "convert.h"
+#include "kernels.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+namespace peftkern::cpu {
+namespace avx512 {
+#include "vec/avx512.h"
+
+#include "kernels/low_rank.inl"
+#include "kernels/nf4.inl"
+}  // namespace avx512
+
+const KernelTable& avx512_kernels() {
+  using namespace avx512;
+  static const KernelTable table{"avx512",         padded_rank,   pack_down,   pack_up,      low_rank_down,
+                                 low_rank_up,    low_rank_grad, column_sums, quantize_nf4, dequantize_nf4};
+  return table;
+}
+
+}  // namespace peftkern::cpu
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels of one instruction set: raw pointers, one thread, a range of the work. cpu/<op>.cpp splits the work
+// over threads and calls kernels().f(...). Torch-free.
+#pragma once
+#include "../low_rank.h"
+#include "../nf4.h"
+
+namespace peftkern::cpu {
+
+// Work is handed out in these units, on every ISA, so that no result depends on the split.
+constexpr int64_t kRowUnit = 8;      // rows of low_rank_down and low_rank_up
+constexpr int64_t kColumnUnit = 64;  // columns of low_rank_grad and column_sums
+constexpr int64_t kRowBlock = 64;    // rows whose rank sums low_rank_down holds in scratch
+
+struct KernelTable {
+  const char* name;
+
+  // The factor as the kernel wants it, in fp32 unless the ISA has something better:
+  // down: [columns, padded_rank], zero padded;  up: [rank, padded_columns], zero padded.
+  int64_t (*padded_rank)(int64_t rank);
+  void (*pack_down)(const LowRankDown&, float* packed, int64_t column0, int64_t column1);  // column0 even
+  void (*pack_up)(const LowRankUp&, float* packed, int64_t padded_columns, int64_t column0, int64_t column1);
+
+  // scratch: [kRowBlock, padded_rank]
+  void (*low_rank_down)(const LowRankDown&, const float* packed, float* scratch, int64_t row0, int64_t row1);
+  void (*low_rank_up)(const LowRankUp&, const float* packed, int64_t padded_columns, int64_t row0, int64_t row1);
+  // scratch: [rank rounded up to kRowUnit, kColumnUnit]
+  void (*low_rank_grad)(const LowRankGrad&, float* scratch, int64_t column0, int64_t column1);
+  void (*column_sums)(const ColumnSums&, int64_t column0, int64_t column1);
+
+  void (*quantize_nf4)(const QuantizeNf4&, int64_t block0, int64_t block1);
+  void (*dequantize_nf4)(const DequantizeNf4&, int64_t block0, int64_t block1);
+};
+
+const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)
+
+}  // namespace peftkern::cpu

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// NF4 on the CPU: blocks over threads, the 8-bit absmax codes, and the registration.
+#include "../nf4_ops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "backend.h"
+#include "kernels.h"
+
+namespace peftkern {
+
+using cpu::kernels;
+using torch::stable::parallel_for;
+
+namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 15;
+
+int64_t blocks_per_thread(int64_t block_size) { return std::max<int64_t>(1, kElementsPerThread / block_size); }
+
+// Fp32 midpoints of neighbouring dynamic codes; the code of a value is the number of midpoints below it.
+std::array<float, 255> dynamic_midpoints() {
+  std::array<float, 255> midpoints;
+  for (size_t i = 0; i < midpoints.size(); ++i) midpoints[i] = (kDynamicCodes[i] + kDynamicCodes[i + 1]) / 2.0f;
+  return midpoints;
+}
+
+}  // namespace
+
+void CpuBackend::quantize_nf4(const QuantizeNf4& a) const {
+  parallel_for(0, ceil_div(a.n, a.block_size), blocks_per_thread(a.block_size),
+               [&](int64_t begin, int64_t end) { kernels().quantize_nf4(a, begin, end); });
+}
+
+void CpuBackend::dequantize_nf4(const DequantizeNf4& a) const {
+  parallel_for(0, ceil_div(a.n, a.block_size), blocks_per_thread(a.block_size),
+               [&](int64_t begin, int64_t end) { kernels().dequantize_nf4(a, begin, end); });
+}
+
+// absmax is 1/block_size of the weight, so plain code is enough here.
+void CpuBackend::quantize_absmax(const QuantizeAbsmax& a) const {
+  static const std::array<float, 255> midpoints = dynamic_midpoints();
+  double total = 0.0;
+  for (int64_t i = 0; i < a.n; ++i) total += a.absmax[i];
+  const float offset = a.n ? static_cast<float>(total / static_cast<double>(a.n)) : 0.0f;
+  *a.offset = offset;
+  parallel_for(0, ceil_div(a.n, kNestedBlockSize), 16, [&](int64_t block0, int64_t block1) {
+    for (int64_t block = block0; block < block1; ++block) {
+      const int64_t begin = block * kNestedBlockSize, end = std::min(begin + kNestedBlockSize, a.n);
+      float largest = 0.0f;
+      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(a.absmax[i] - offset));
+      a.nested_absmax[block] = largest;
+      const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+      for (int64_t i = begin; i < end; ++i) {
+        const float scaled = (a.absmax[i] - offset) * inverse;
+        const auto at = std::lower_bound(midpoints.begin(), midpoints.end(), scaled);
+        a.codes[i] = static_cast<uint8_t>(at - midpoints.begin());
+      }
+    }
+  });
+}
+
+void CpuBackend::dequantize_absmax(const DequantizeAbsmax& a) const {
+  parallel_for(0, a.n, kElementsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      a.absmax[i] = kDynamicCodes[a.codes[i]] * a.nested_absmax[i / kNestedBlockSize] + *a.offset;
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+  m.impl("quantize_nf4", TORCH_BOX(&quantize_nf4<CpuBackend>));
+  m.impl("dequantize_nf4", TORCH_BOX(&dequantize_nf4<CpuBackend>));
+  m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<CpuBackend>));
+  m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax<CpuBackend>));
+}
+
+}  // namespace peftkern

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector vocabulary with 8 lanes: AVX2, FMA, F16C. Meanings: scalar.h. Included inside the ISA's namespace.
+
+constexpr int kWidth = 8;
+constexpr int kTileRows = 4;  // 4 x 2 sums, 2 factor vectors and 1 broadcast of 16 registers
+constexpr int kTileVectors = 2;
+
+struct F32 {
+  __m256 v;
+};
+
+inline F32 zero() { return {_mm256_setzero_ps()}; }
+inline F32 set1(float x) { return {_mm256_set1_ps(x)}; }
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline F32 keep(F32 a, uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(chosen))};
+}
+
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F32 load(const bf16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline F32 load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+
+inline void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+inline __m128i to_bf16(F32 a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  r = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
+}
+inline __m128i to_f16(F32 a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(bf16_t* p, F32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+inline void store(f16_t* p, F32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+
+template <class T>
+inline F32 load_first(const T* p, int64_t n) {
+  T lanes[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+inline void store_first(T* p, int64_t n, F32 a) {
+  T lanes[kWidth];
+  store(lanes, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// High 32 bits of the 8 products a * m: even and odd lanes apart, since AVX2 multiplies 32 x 32 -> 64 on even lanes only.
+inline void multiply(__m256i a, uint32_t m, __m256i& high, __m256i& low) {
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+
+inline void keep_bytes(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold, uint8_t* out) {
+  __m256i c0 = _mm256_set1_epi32(static_cast<int>(row)), c2 = _mm256_set1_epi32(static_cast<int>(row >> 32));
+  __m256i c1 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(chunk)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256i c3 = _mm256_setzero_si256();
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    __m256i high0, low0, high1, low1;
+    multiply(c0, kPhiloxMul0, high0, low0);
+    multiply(c2, kPhiloxMul1, high1, low1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), _mm256_set1_epi32(static_cast<int>(k0)));
+    c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), _mm256_set1_epi32(static_cast<int>(k1)));
+    c1 = low1;
+    c3 = low0;
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
+  }
+  const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold) - 1), lane = _mm256_set1_epi32(0x7fff);
+  const __m256i word[4] = {c0, c1, c2, c3};
+  __m256i bits = _mm256_setzero_si256();
+  for (int i = 0; i < 4; ++i) {
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_and_si256(word[i], lane), below);
+    const __m256i high = _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_srli_epi32(word[i], 16), lane), below);
+    bits = _mm256_or_si256(bits, _mm256_and_si256(low, _mm256_set1_epi32(1 << (2 * i))));
+    bits = _mm256_or_si256(bits, _mm256_and_si256(high, _mm256_set1_epi32(2 << (2 * i))));
+  }
+  alignas(32) uint32_t lanes[kWidth];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), bits);
+  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<uint8_t>(lanes[i]);
+}
+
+struct MaxMagnitude {
+  __m256i top;
+  MaxMagnitude() : top(_mm256_setzero_si256()) {}
+  void add(F32 x) {
+    top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff)));
+  }
+  float result() const {
+    __m128i r = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4E));
+    r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0xB1));
+    return bits_float(static_cast<uint32_t>(_mm_cvtsi128_si32(r)));
+  }
+};
+
+constexpr int kQuantizeElements = 8;
+template <class T>
+inline void quantize_group(const T* w, float inverse, uint8_t* packed) {
+  const F32 scaled = mul(load(w), set1(inverse));
+  __m256i code = _mm256_setzero_si256();
+  for (float threshold : kNf4Thresholds) {
+    const __m256 above = _mm256_cmp_ps(scaled.v, _mm256_set1_ps(threshold), _CMP_GT_OQ);
+    code = _mm256_sub_epi32(code, _mm256_castps_si256(above));
+  }
+  // lanes (even, odd) of a 64-bit pair become even << 4 | odd in the pair's lowest byte
+  const __m256i pair = _mm256_or_si256(_mm256_slli_epi64(code, 4), _mm256_srli_epi64(code, 32));
+  alignas(32) uint64_t lanes[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), pair);
+  for (int i = 0; i < 4; ++i) packed[i] = static_cast<uint8_t>(lanes[i]);
+}
+
+// 16-bit outputs: two byte tables, one pshufb each. fp32: two 8-entry tables and a blend on the code's top bit.
+template <class T>
+struct NibbleTable {
+  static constexpr int kElements = 16;
+  __m128i low, high;  // byte i: low and high byte of value i
+
+  explicit NibbleTable(float absmax) {
+    alignas(16) T value[16];
+    for (int half = 0; half < 16; half += 8) store(value + half, mul(load(kNf4Codes + half), set1(absmax)));
+    const __m128i a = _mm_load_si128(reinterpret_cast<const __m128i*>(value));
+    const __m128i b = _mm_load_si128(reinterpret_cast<const __m128i*>(value + 8));
+    const __m128i bytes = _mm_set1_epi16(0xff);
+    low = _mm_packus_epi16(_mm_and_si128(a, bytes), _mm_and_si128(b, bytes));
+    high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+  }
+
+  void emit(const uint8_t* packed, T* out) const {
+    const __m128i byte = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)), nibble = _mm_set1_epi8(15);
+    const __m128i code =
+        _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(byte, 4), nibble), _mm_and_si128(byte, nibble));
+    const __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi8(l, h));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm_unpackhi_epi8(l, h));
+  }
+};
+
+template <>
+struct NibbleTable<float> {
+  static constexpr int kElements = 8;
+  __m256 low, high;  // values 0..7 and 8..15
+
+  explicit NibbleTable(float absmax)
+      : low(mul(load(kNf4Codes), set1(absmax)).v), high(mul(load(kNf4Codes + 8), set1(absmax)).v) {}
+
+  void emit(const uint8_t* packed, float* out) const {
+    int32_t four;
+    std::memcpy(&four, packed, 4);
+    const __m256i byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), nibble = _mm256_set1_epi64x(15);
+    const __m256i code = _mm256_or_si256(_mm256_srli_epi64(byte, 4),
+                                         _mm256_slli_epi64(_mm256_and_si256(byte, nibble), 32));
+    const __m256 l = _mm256_permutevar8x32_ps(low, code), h = _mm256_permutevar8x32_ps(high, code);
+    _mm256_storeu_ps(out, _mm256_blendv_ps(l, h, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
+  }
+};

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector vocabulary with 16 lanes: AVX-512 F, BW, VL, DQ. Meanings: scalar.h. Included inside the ISA's namespace.
+
+constexpr int kWidth = 16;
+constexpr int kTileRows = 8;  // 8 x 2 sums: twice the 4-cycle latency x 2 ports, and one factor load serves 8 rows
+constexpr int kTileVectors = 2;
+
+struct F32 {
+  __m512 v;
+};
+
+inline F32 zero() { return {_mm512_setzero_ps()}; }
+inline F32 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 keep(F32 a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
+
+inline F32 from_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline __m256i to_bf16(F32 a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_srli_epi32(u, 16),
+                           _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(r);
+}
+inline __m256i to_f16(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F32 load(const bf16_t* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F32 load(const f16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16_t* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+inline void store(f16_t* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline F32 load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline F32 load_first(const bf16_t* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline F32 load_first(const f16_t* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+inline void store_first(float* p, int64_t n, F32 a) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline void store_first(bf16_t* p, int64_t n, F32 a) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(a)); }
+inline void store_first(f16_t* p, int64_t n, F32 a) { _mm256_mask_storeu_epi16(p, first(n), to_f16(a)); }
+
+// High and low 32 bits of the 16 products a * m: the machine multiplies 32 x 32 -> 64 on even lanes only.
+inline void multiply(__m512i a, uint32_t m, __m512i& high, __m512i& low) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  low = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+}
+
+inline void keep_bytes(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold, uint8_t* out) {
+  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i c0 = _mm512_set1_epi32(static_cast<int>(row)), c2 = _mm512_set1_epi32(static_cast<int>(row >> 32));
+  __m512i c1 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(chunk)), index), c3 = _mm512_setzero_si512();
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    __m512i high0, low0, high1, low1;
+    multiply(c0, kPhiloxMul0, high0, low0);
+    multiply(c2, kPhiloxMul1, high1, low1);
+    c0 = _mm512_xor_si512(_mm512_xor_si512(high1, c1), _mm512_set1_epi32(static_cast<int>(k0)));
+    c2 = _mm512_xor_si512(_mm512_xor_si512(high0, c3), _mm512_set1_epi32(static_cast<int>(k1)));
+    c1 = low1;
+    c3 = low0;
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
+  }
+  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold)), lane = _mm512_set1_epi32(0x7fff);
+  const __m512i word[4] = {c0, c1, c2, c3};
+  __m512i bits = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    const __mmask16 low = _mm512_cmpge_epu32_mask(_mm512_and_si512(word[i], lane), limit);
+    const __mmask16 high = _mm512_cmpge_epu32_mask(_mm512_and_si512(_mm512_srli_epi32(word[i], 16), lane), limit);
+    bits = _mm512_mask_or_epi32(bits, low, bits, _mm512_set1_epi32(1 << (2 * i)));
+    bits = _mm512_mask_or_epi32(bits, high, bits, _mm512_set1_epi32(2 << (2 * i)));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(bits));
+}
+
+struct MaxMagnitude {
+  __m512i top;
+  MaxMagnitude() : top(_mm512_setzero_si512()) {}
+  void add(F32 x) {
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)));
+  }
+  float result() const { return bits_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(top))); }
+};
+
+// Binary search in the 15 thresholds, held in one register.
+constexpr int kQuantizeElements = 16;
+template <class T>
+inline void quantize_group(const T* w, float inverse, uint8_t* packed) {
+  const __m512 scaled = mul(load(w), set1(inverse)).v;
+  const __m512 threshold = _mm512_maskz_loadu_ps(0x7fff, kNf4Thresholds);
+  __m512i code = _mm512_setzero_si512();
+  for (int step = 8; step > 0; step /= 2) {
+    const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(code, _mm512_set1_epi32(step - 1)), threshold);
+    const __mmask16 above = _mm512_cmp_ps_mask(scaled, middle, _CMP_GT_OQ);
+    code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
+  }
+  // lanes (even, odd) of a 64-bit pair become even << 4 | odd in the pair's lowest byte
+  const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pair));
+}
+
+// 16-bit outputs: vpermw looks 32 codes up in one instruction. fp32: vpermps, 16 at a time.
+template <class T>
+struct NibbleTable {
+  static constexpr int kElements = 32;
+  __m512i value;  // the 16 values, twice
+
+  explicit NibbleTable(float absmax) {
+    alignas(32) T rounded[16];
+    store(rounded, mul(load(kNf4Codes), set1(absmax)));
+    value = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  }
+
+  void emit(const uint8_t* packed, T* out) const {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
+    const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(code, value));
+  }
+};
+
+template <>
+struct NibbleTable<float> {
+  static constexpr int kElements = 16;
+  __m512 value;
+
+  explicit NibbleTable(float absmax) : value(mul(load(kNf4Codes), set1(absmax)).v) {}
+
+  void emit(const uint8_t* packed, float* out) const {
+    const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i low = _mm512_slli_epi64(_mm512_and_si512(byte, _mm512_set1_epi64(15)), 32);
+    const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), low);
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(code, value));
+  }
+};

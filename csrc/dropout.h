@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one definition of dropout: the mask is a pure function of (seed, row, column) and is regenerated wherever it is
+// needed, never stored. CPU and CUDA give the same bits for every tiling, thread count and device.
+//
+//   words = Philox4x32-7(counter = (row, column / 8, row >> 32, 0), key = seed)     (Salmon et al., SC'11)
+//   the 4 words are 8 lanes of 16 bits, low half first; lane j belongs to column 8 * (column / 8) + j
+//   keep  <=>  (lane & 0x7fff) >= threshold,   threshold = round(p * 32768)
+//   drop(x) = keep ? x / (1 - threshold / 32768) : 0
+//
+// 7 rounds are the fewest that pass BigCrush (ibid., table 2); 15 bits let a GPU test two lanes with one subtraction.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define PEFTKERN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PEFTKERN_HOST_DEVICE inline
+#endif
+
+namespace peftkern {
+
+struct Dropout {
+  const int64_t* seed = nullptr;  // [1], on the device of the data
+  uint32_t threshold = 0;         // in 1/32768; 0 switches dropout off and seed is not read
+  float scale = 1.0f;             // 1 / (1 - threshold / 32768)
+};
+
+inline Dropout make_dropout(const int64_t* seed, double p) {
+  const double rounded = p * 32768.0 + 0.5;
+  const uint32_t threshold = rounded >= 32767.0 ? 32767u : static_cast<uint32_t>(rounded);
+  if (threshold == 0) return {};
+  return {seed, threshold, static_cast<float>(32768.0 / (32768.0 - threshold))};
+}
+
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhiloxMul0 = 0xD2511F53u, kPhiloxMul1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;
+constexpr int kDropoutChunk = 8;  // columns covered by one Philox call
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+PEFTKERN_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint64_t row, uint32_t chunk) {
+  uint32_t c0 = static_cast<uint32_t>(row), c1 = chunk, c2 = static_cast<uint32_t>(row >> 32), c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMul0) * c0, p1 = static_cast<uint64_t>(kPhiloxMul1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Bit j of the result: is column 8 * chunk + j of this row kept?
+PEFTKERN_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold) {
+  const PhiloxWords w = philox(seed, row, chunk);
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    bits |= static_cast<uint32_t>((w.word[i] & 0x7fff) >= threshold) << (2 * i);
+    bits |= static_cast<uint32_t>(((w.word[i] >> 16) & 0x7fff) >= threshold) << (2 * i + 1);
+  }
+  return bits;
+}
+
+}  // namespace peftkern

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The storage dtypes every kernel accepts, and the one place where a run-time dtype becomes a template argument.
+// Torch-free: kernels and nvcc include this.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace peftkern {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+// 16-bit storage types. The arithmetic is always fp32; conversions live with the vector code of each backend.
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+inline size_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// dispatch(dtype, [&](auto tag) { using T = decltype(tag); ... });
+template <class F>
+void dispatch(DType t, F&& f) {
+  switch (t) {
+    case DType::f32: f(float{}); break;
+    case DType::bf16: f(bf16_t{}); break;
+    case DType::f16: f(f16_t{}); break;
+  }
+}
+
+}  // namespace peftkern

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// The NF4 ops on tensors, once for all devices: check, allocate, call the backend.
+#pragma once
+#include <tuple>
+
+#include "nf4.h"
+#include "tensors.h"
+
+namespace peftkern {
+
+inline void check_block_size(int64_t block_size) {
+  PEFTKERN_CHECK(valid_block_size(block_size), "block_size: expected a power of two from ", kMinBlockSize, " to ",
+                 kMaxBlockSize, ", got ", block_size);
+}
+
+// packed [ceil(n / 2)] uint8 and absmax [ceil(n / block_size)] float32 of n weights, in any shape.
+inline void check_nf4(const Tensor& packed, const Tensor& absmax, int64_t n, int64_t block_size) {
+  check_block_size(block_size);
+  check_dtype(packed, ScalarType::Byte, "packed");
+  check_dtype(absmax, ScalarType::Float, "absmax");
+  check_device(absmax, packed, "absmax", "packed");
+  PEFTKERN_CHECK(packed.numel() == ceil_div(n, 2), "packed: expected ", ceil_div(n, 2), " bytes for ", n,
+                 " weights, got ", packed.numel());
+  PEFTKERN_CHECK(absmax.numel() == ceil_div(n, block_size), "absmax: expected ", ceil_div(n, block_size),
+                 " values for ", n, " weights in blocks of ", block_size, ", got ", absmax.numel());
+}
+
+template <class Backend>
+Tensor dequantize(const Backend& backend, const Tensor& packed, const Tensor& absmax, int64_t block_size,
+                  const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor out = empty(packed, shape, dtype);
+  const Tensor p = dense(packed), s = dense(absmax);
+  const DequantizeNf4 args{static_cast<const uint8_t*>(p.const_data_ptr()),
+                           static_cast<const float*>(s.const_data_ptr()),
+                           out.numel(),
+                           block_size,
+                           out.mutable_data_ptr(),
+                           dtype_of(out, "dtype")};
+  if (args.n) backend.dequantize_nf4(args);
+  return out;
+}
+
+// w: any shape -> packed [ceil(n / 2)], absmax [ceil(n / block_size)]
+template <class Backend>
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size) {
+  check_block_size(block_size);
+  const DType dtype = dtype_of(w, "w");
+  const Tensor source = dense(w);
+  const int64_t n = source.numel();
+  Tensor packed = empty(w, {ceil_div(n, 2)}, ScalarType::Byte);
+  Tensor absmax = empty(w, {ceil_div(n, block_size)}, ScalarType::Float);
+  const QuantizeNf4 args{source.const_data_ptr(),
+                         dtype,
+                         n,
+                         block_size,
+                         static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                         static_cast<float*>(absmax.mutable_data_ptr())};
+  if (n) Backend(w).quantize_nf4(args);
+  return {packed, absmax};
+}
+
+template <class Backend>
+Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t block_size, std::vector<int64_t> shape,
+                      ScalarType dtype) {
+  int64_t n = 1;
+  for (int64_t size : shape) {
+    PEFTKERN_CHECK(size >= 0, "shape: expected sizes >= 0, got ", shape_string(shape));
+    n *= size;
+  }
+  check_nf4(packed, absmax, n, block_size);
+  return dequantize(Backend(packed), packed, absmax, block_size, shape, dtype);
+}
+
+// absmax [n] -> codes [n] uint8, nested_absmax [ceil(n / 256)], offset []
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
+  check_dtype(absmax, ScalarType::Float, "absmax");
+  const Tensor source = dense(absmax);
+  const int64_t n = source.numel();
+  Tensor codes = empty(absmax, {n}, ScalarType::Byte);
+  Tensor nested = empty(absmax, {ceil_div(n, kNestedBlockSize)}, ScalarType::Float);
+  Tensor offset = empty(absmax, {}, ScalarType::Float);
+  const QuantizeAbsmax args{static_cast<const float*>(source.const_data_ptr()), n,
+                            static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                            static_cast<float*>(nested.mutable_data_ptr()),
+                            static_cast<float*>(offset.mutable_data_ptr())};
+  Backend(absmax).quantize_absmax(args);
+  return {codes, nested, offset};
+}
+
+template <class Backend>
+Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const Tensor& offset) {
+  check_dtype(codes, ScalarType::Byte, "codes");
+  check_dtype(nested_absmax, ScalarType::Float, "nested_absmax");
+  check_dtype(offset, ScalarType::Float, "offset");
+  check_device(nested_absmax, codes, "nested_absmax", "codes");
+  check_device(offset, codes, "offset", "codes");
+  const int64_t n = codes.numel();
+  PEFTKERN_CHECK(nested_absmax.numel() == ceil_div(n, kNestedBlockSize), "nested_absmax: expected ",
+                 ceil_div(n, kNestedBlockSize), " values for ", n, " codes, got ", nested_absmax.numel());
+  PEFTKERN_CHECK(offset.numel() == 1, "offset: expected 1 value, got ", offset.numel());
+  const Tensor c = dense(codes), s = dense(nested_absmax);
+  Tensor absmax = empty(codes, {n}, ScalarType::Float);
+  const DequantizeAbsmax args{static_cast<const uint8_t*>(c.const_data_ptr()),
+                              static_cast<const float*>(s.const_data_ptr()),
+                              static_cast<const float*>(offset.const_data_ptr()), n,
+                              static_cast<float*>(absmax.mutable_data_ptr())};
+  if (n) Backend(codes).dequantize_absmax(args);
+  return absmax;
+}
+
+}  // namespace peftkern

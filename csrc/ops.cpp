@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Table of contents: every op of the extension, one schema each. Implementations: <device>/<op>.cpp; public functions,
+// fakes and gradients: peftkern/ops/<op>.py.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+#ifndef PEFTKERN_CUDA_ARCHS
+#define PEFTKERN_CUDA_ARCHS ""  // set by setup.py when CUDA is compiled in
+#endif
+
+namespace {
+
+std::string cpu_isa() { return peftkern::cpu::kernels().name; }
+std::vector<std::string> cpu_isas() { return peftkern::cpu::isa_names(); }
+void set_cpu_isa(std::string name) { peftkern::cpu::set_isa(name); }
+std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(peftkern, m) {
+  // nf4
+  m.def("quantize_nf4(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)");
+  m.def("dequantize_nf4(Tensor packed, Tensor absmax, int block_size, int[] shape, ScalarType dtype) -> Tensor");
+  m.def("quantize_absmax(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor offset)");
+  m.def("dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor offset) -> Tensor");
+  // adapted_linear
+  m.def(
+      "adapted_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor? A, Tensor? B, "
+      "Tensor? lam, Tensor? out_scale, Tensor? bias, float scaling, float dropout_p, Tensor? seed, bool save_h, "
+      "bool save_z) -> (Tensor y, Tensor h, Tensor z)");
+  m.def(
+      "adapted_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, int block_size, "
+      "int in_features, Tensor? h, Tensor? z, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale, float scaling, "
+      "float dropout_p, Tensor? seed, int needs) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dlam, Tensor dout_scale, Tensor dbias)");
+  // what was built, and what runs
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str[]");
+  m.def("set_cpu_isa(str name) -> ()");
+  m.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}
+
+// Importing the module is what registers the ops; there is nothing else in it.
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) { return PyModule_Create(&module); }

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted linear layer, ``y = out_scale * (x W^T + s * ((drop(x) A^T) * lam) B^T) + bias``, and its gradient.
+
+The formula with its reference is in reference.py, the C++ side of this file in csrc/adapted_linear.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .library import ops
+from .nf4 import NF4Weight
+
+_forward = ops.adapted_linear.default
+_backward = ops.adapted_linear_backward.default
+_dequantize_absmax = ops.dequantize_absmax.default
+
+# Bits of adapted_linear_backward's `needs` (csrc/adapted_linear.h, enum Needs).
+NEEDS_X, NEEDS_A, NEEDS_B, NEEDS_LAM, NEEDS_OUT_SCALE, NEEDS_BIAS = 1, 2, 4, 8, 16, 32
+
+
+def _float_absmax(absmax: Tensor | None, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor | None:
+    return absmax if nested_absmax is None else _dequantize_absmax(absmax, nested_absmax, offset)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Old-style forward(ctx, ...): setup_context costs 12 us a call, register_autograd 10 us."""
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, absmax, nested_absmax, offset, A, B, lam, out_scale, bias,
+        block_size, out_features, scaling, dropout_p, seed,
+    ):  # fmt: skip
+        trains_A, trains_B, trains_lam, trains_out_scale = ctx.needs_input_grad[5:9]
+        y, h, z = _forward(
+            x, weight, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, lam, out_scale,
+            bias, scaling, dropout_p, seed, trains_B or trains_lam, trains_out_scale,
+        )  # fmt: skip
+        # x is kept only for dA, h only for dB and dlam, z only for dout_scale; a dropout mask never.
+        ctx.save_for_backward(
+            x if trains_A else None, weight, absmax, nested_absmax, offset, A, B, lam, out_scale,
+            h if trains_B or trains_lam else None, z if trains_out_scale else None, seed,
+        )  # fmt: skip
+        ctx.in_features = x.shape[-1]
+        ctx.block_size, ctx.scaling, ctx.dropout_p = block_size, scaling, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, absmax, nested_absmax, offset, A, B, lam, out_scale, h, z, seed = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        if wants[1]:
+            raise RuntimeError("weight: its gradient is not computed; the base of an adapted layer is frozen")
+        needs = (
+            (NEEDS_X if wants[0] else 0) | (NEEDS_A if wants[5] else 0) | (NEEDS_B if wants[6] else 0)
+            | (NEEDS_LAM if wants[7] else 0) | (NEEDS_OUT_SCALE if wants[8] else 0) | (NEEDS_BIAS if wants[9] else 0)
+        )  # fmt: skip
+        dx, dA, dB, dlam, dout_scale, dbias = _backward(
+            grad, x, weight, _float_absmax(absmax, nested_absmax, offset), ctx.block_size, ctx.in_features, h, z, A, B,
+            lam, out_scale, ctx.scaling, ctx.dropout_p, seed, needs,
+        )  # fmt: skip
+        if needs & NEEDS_BIAS and dbias.dtype != ctx.bias_dtype:
+            dbias = dbias.to(ctx.bias_dtype)
+        return (
+            dx if wants[0] else None, None, None, None, None, dA if wants[5] else None, dB if wants[6] else None,
+            dlam if wants[7] else None, dout_scale if wants[8] else None, dbias if wants[9] else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """int64 [], from torch's own generator of the device, so manual_seed and checkpointing behave as users expect."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    *,
+    lam: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = out_scale * (x W^T + scaling * ((drop(x) A^T) * lam) B^T) + bias``, differentiable in all but weight.
+
+    x: [..., in]; weight: [out, in], dense or NF4; A: [r, in] and B: [out, r], both or neither; lam: [r];
+    out_scale, bias: [out]. y: [..., out] in x's dtype. Each may be float32, bfloat16 or float16 on its own; sums are
+    in float32. Under autocast x is cast first, as for ``F.linear``.
+    dropout_p: probability, 0 <= p < 1, of zeroing an element of x on the way to A, when training. seed: int64 [] that
+    fixes the mask; drawn from torch's generator if None.
+
+    Raises RuntimeError naming the argument for a wrong shape, dtype or device; NotImplementedError if weight requires
+    a gradient. LoRA: Hu et al. 2021, arXiv 2106.09685.
+
+    >>> x, w = torch.randn(4, 64), torch.randn(32, 64)
+    >>> adapted_linear(x, w, torch.randn(8, 64), torch.zeros(32, 8), scaling=2.0).shape
+    torch.Size([4, 32])
+    """
+    if isinstance(weight, NF4Weight):
+        if len(weight.shape) != 2:
+            raise RuntimeError(f"weight: expected an NF4 weight of shape [out, in], got {list(weight.shape)}")
+        out_features, in_features = weight.shape
+        if x.dim() == 0 or x.shape[-1] != in_features:
+            raise RuntimeError(f"x: expected shape [..., {in_features}] for weight {list(weight.shape)}, got {list(x.shape)}")
+        packed, absmax, block_size = weight.packed, weight.absmax, weight.block_size
+        nested_absmax, offset = weight.nested_absmax, weight.offset
+    else:
+        if weight.dim() != 2:
+            raise RuntimeError(f"weight: expected shape [out, in], got {list(weight.shape)}")
+        out_features, block_size = weight.shape[0], 64
+        packed, absmax, nested_absmax, offset = weight, None, None, None
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not training or A is None:
+        dropout_p, seed = 0.0, None
+    elif dropout_p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    if torch.is_grad_enabled():
+        if packed.requires_grad:
+            raise NotImplementedError(
+                "weight: expected requires_grad=False, the base of an adapted layer is frozen; "
+                "call weight.requires_grad_(False) or weight.detach()"
+            )
+        return _AdaptedLinear.apply(
+            x, packed, absmax, nested_absmax, offset, A, B, lam, out_scale, bias,
+            block_size, out_features, float(scaling), float(dropout_p), seed,
+        )  # fmt: skip
+    return _forward(
+        x, packed, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, lam, out_scale, bias,
+        scaling, dropout_p, seed, False, False,
+    )[0]  # fmt: skip
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``x W^T + scaling * (drop(x) A^T) B^T + bias``: :func:`adapted_linear` for plain LoRA, which says the rest."""
+    return adapted_linear(x, weight, A, B, scaling=scaling, bias=bias, dropout_p=dropout_p, training=training)
+
+
+def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` with W = dequantize_nf4(q, x.dtype). x: [..., in]; q: of shape [out, in]; y: [..., out]."""
+    return adapted_linear(x, q, bias=bias)
+
+
+@torch.library.register_fake("peftkern::adapted_linear")
+def _(
+    x, weight, absmax, block_size, out_features, A, B, lam, out_scale, bias, scaling, dropout_p, seed, save_h, save_z
+):
+    shape = [*x.shape[:-1], out_features]
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    rank = 0 if A is None else A.shape[0]
+    h = x.new_empty((rows, rank) if save_h else (0,), dtype=torch.float32)
+    return x.new_empty(shape), h, x.new_empty((rows, out_features) if save_z else (0,))
+
+
+@torch.library.register_fake("peftkern::adapted_linear_backward")
+def _(
+    grad, x, weight, absmax, block_size, in_features, h, z, A, B, lam, out_scale, scaling, dropout_p, seed, needs
+):
+    def like(bit, tensor, shape, dtype=None):
+        wanted = needs & bit
+        dtype = dtype or (torch.float32 if tensor is None else tensor.dtype)
+        return grad.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    out_features = grad.shape[-1]
+    rank = 0 if A is None else A.shape[0]
+    return (
+        like(NEEDS_X, grad, (*grad.shape[:-1], in_features)), like(NEEDS_A, A, (rank, in_features)),
+        like(NEEDS_B, B, (out_features, rank)), like(NEEDS_LAM, lam, (rank,)),
+        like(NEEDS_OUT_SCALE, out_scale, (out_features,)), like(NEEDS_BIAS, grad, (out_features,)),
+    )  # fmt: skip
