@@ -37,7 +37,9 @@ def cuda_home() -> Path | None:
         raise SystemExit(f"PEFTKERN_CUDA: expected 0, 1 or auto, got {wanted!r}")
     home = None if wanted == "0" else find_cuda()
     if wanted == "1" and home is None:
-        raise SystemExit("PEFTKERN_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to the folder that holds bin/nvcc")
+        raise SystemExit(
+            "PEFTKERN_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to the folder that holds bin/nvcc"
+        )
     print(f"peftkern: CUDA kernels {'from ' + str(home) if home else 'left out'}")
     return home
 
@@ -48,7 +50,13 @@ def extension() -> Extension:
     # No contraction: a * b + c rounds twice unless the source says fma, so that all ISAs and both devices agree.
     cxx = [*optimise, "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", TARGET]
     # gcc 12 warns about its own avx512fintrin.h, and "#pragma GCC target" is unknown to no compiler we support
-    cxx += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unused-function", "-Wno-ignored-attributes", "-Wno-unused-parameter"]
+    cxx += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-Wno-unused-function",
+        "-Wno-ignored-attributes",
+        "-Wno-unused-parameter",
+    ]
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "--fmad=false", "-DUSE_CUDA", TARGET]
     sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     include_dirs, library_dirs = cpp_extension.include_paths(), cpp_extension.library_paths()

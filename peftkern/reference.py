@@ -115,7 +115,9 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return (code[0::2] << 4) | code[1::2], absmax
 
 
-def dequantize_nf4(packed: Tensor, absmax: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def dequantize_nf4(
+    packed: Tensor, absmax: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     """fp32 ``code * absmax``, rounded once to dtype."""
     n = 1
     for size in shape:

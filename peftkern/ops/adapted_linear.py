@@ -111,7 +111,9 @@ def adapted_linear(
             raise RuntimeError(f"weight: expected an NF4 weight of shape [out, in], got {list(weight.shape)}")
         out_features, in_features = weight.shape
         if x.dim() == 0 or x.shape[-1] != in_features:
-            raise RuntimeError(f"x: expected shape [..., {in_features}] for weight {list(weight.shape)}, got {list(x.shape)}")
+            raise RuntimeError(
+                f"x: expected shape [..., {in_features}] for weight {list(weight.shape)}, got {list(x.shape)}"
+            )
         packed, absmax, block_size = weight.packed, weight.absmax, weight.block_size
         nested_absmax, offset = weight.nested_absmax, weight.offset
     else:
@@ -174,9 +176,7 @@ def _(
 
 
 @torch.library.register_fake("peftkern::adapted_linear_backward")
-def _(
-    grad, x, weight, absmax, block_size, in_features, h, z, A, B, lam, out_scale, scaling, dropout_p, seed, needs
-):
+def _(grad, x, weight, absmax, block_size, in_features, h, z, A, B, lam, out_scale, scaling, dropout_p, seed, needs):
     def like(bit, tensor, shape, dtype=None):
         wanted = needs & bit
         dtype = dtype or (torch.float32 if tensor is None else tensor.dtype)

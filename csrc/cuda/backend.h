@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA as csrc/adapted_linear.h and csrc/nf4_ops.h see it: the launchers of kernels.h on the device and current stream of
+// a tensor, with errors as exceptions. CpuBackend has the same members.
+#pragma once
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+
+namespace peftkern {
+
+// torch's current stream. Stream::nativeHandle() would be the way, but needs torch 2.13; and linking libtorch_cuda would
+// keep the extension from loading in a CPU build of torch. So the symbol is looked up in the library torch has loaded.
+inline cudaStream_t current_cuda_stream(int32_t device) {
+  using GetStream = int32_t (*)(int32_t device, void** stream);
+  static const GetStream get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get_stream && get_stream(device, &stream) == 0, "peftkern: this build of torch has no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+class CudaBackend {
+ public:
+  explicit CudaBackend(const torch::stable::Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
+
+  void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
+  void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }
+  void low_rank_grad(const LowRankGrad& args) const { check(launch_low_rank_grad(args, stream_), "low_rank_grad"); }
+  void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
+
+  void quantize_nf4(const QuantizeNf4& args) const { check(launch_quantize_nf4(args, stream_), "quantize_nf4"); }
+  void dequantize_nf4(const DequantizeNf4& args) const { check(launch_dequantize_nf4(args, stream_), "dequantize_nf4"); }
+  void quantize_absmax(const QuantizeAbsmax& args) const {
+    check(launch_quantize_absmax(args, stream_), "quantize_absmax");
+  }
+  void dequantize_absmax(const DequantizeAbsmax& args) const {
+    check(launch_dequantize_absmax(args, stream_), "dequantize_absmax");
+  }
+
+ private:
+  // STD_CUDA_CHECK would need libtorch_cuda, see above.
+  static void check(cudaError_t error, const char* op) {
+    STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;  // restores the caller's device at the end
+  cudaStream_t stream_;
+};
+
+}  // namespace peftkern

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// The unit of memory access: 8 consecutive elements per thread, as fp32 in registers. 8 because one Philox call masks 8
+// columns, 8 elements of a 16-bit dtype are one 16-byte access, and 8 NF4 codes are one 32-bit word.
+#pragma once
+#include "../dropout.h"
+#include "convert.cuh"
+
+namespace peftkern {
+
+constexpr int kChunk = kDropoutChunk;
+
+// Do all chunks that start at multiples of 8 within rows of `row_bytes` begin on a 16-byte boundary?
+__device__ __forceinline__ bool chunks_aligned(const void* base, int64_t row_bytes) {
+  return ((reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
+}
+
+// `valid` elements lie inside the row; it may be negative or above 8. Elements outside are read as zero, never touched.
+template <class T>
+__device__ __forceinline__ void load_chunk(const T* source, int64_t valid, bool aligned, float (&v)[kChunk]) {
+  if (aligned && valid >= kChunk) {
+    alignas(16) T raw[kChunk];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
+      reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(source)[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) v[j] = to_float(raw[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) v[j] = j < valid ? to_float(source[j]) : 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_chunk(T* target, int64_t valid, bool aligned, const float (&v)[kChunk]) {
+  if (aligned && valid >= kChunk) {
+    alignas(16) T raw[kChunk];
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) raw[j] = from_float<T>(v[j]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
+      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(raw)[i];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      if (j < valid) target[j] = from_float<T>(v[j]);
+    }
+  }
+}
+
+// Reads the seed once per thread. It lives on the device, so that a captured graph draws a new mask on every replay.
+__device__ __forceinline__ uint64_t load_seed(const Dropout& dropout) {
+  return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed);
+}
+
+// Zeroes the dropped columns of the chunk at (row, column). The factor 1 / (1 - p) of the others is dropout.scale, which
+// every caller folds into alpha.
+__device__ __forceinline__ void drop_chunk(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
+                                           float (&v)[kChunk]) {
+  if (dropout.threshold == 0) return;
+  const uint32_t keep = keep_bits(seed, row, static_cast<uint32_t>(column / kChunk), dropout.threshold);
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) v[j] = (keep >> j & 1) ? v[j] : 0.0f;
+}
+
+}  // namespace peftkern

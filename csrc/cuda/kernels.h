@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every CUDA kernel of the package, as seen by the host: raw pointers and sizes in a struct (low_rank.h and nf4.h say what
+// each one computes and give the shapes), a stream, and the launch error. Torch-free. Nothing here synchronizes,
+// allocates or reads back, so every launch can be captured in a CUDA graph.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../low_rank.h"
+#include "../nf4.h"
+
+namespace peftkern {
+
+cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
+cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);
+cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream);
+cudaError_t launch_column_sums(const ColumnSums& args, cudaStream_t stream);
+
+cudaError_t launch_quantize_nf4(const QuantizeNf4& args, cudaStream_t stream);
+cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream);
+cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
+cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
+
+}  // namespace peftkern

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``peftkern info``, ``peftkern finetune``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="peftkern", description="Kernels for parameter-efficient fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what was built and what this machine runs")
+
+    from .finetune import cli as finetune
+
+    finetune.add_arguments(commands.add_parser("finetune", help="fine-tune a causal language model with LoRA or QLoRA"))
+
+    args = parser.parse_args(argv)
+    if args.command == "finetune":
+        return finetune.main(args)
+
+    from .info import info
+
+    for name, value in info().items():
+        print(f"{name + ':':14}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters for a whole model: put them in, merge them, count them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import LoraConfig, matches, read_config
+from .modules import AdaptedLinear, BaseWeight, LoRALinear, NF4Linear
+from .modules.lora import Quantize, quantize_config
+
+
+def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module:
+    """Replaces the linear layers of model that config targets by LoRALinear, in place, and freezes everything else.
+
+    config: a LoraConfig, ours or peft's. quantize: "nf4" or an NF4Config turns their weights to NF4 (QLoRA).
+    Returns model. Raises ValueError, before anything is changed, if no layer matches, if model has adapters already,
+    or if config asks for what is not supported.
+
+    >>> model = adapt(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), LoraConfig(r=2))
+    >>> type(model[0]).__name__, len(trainable_parameters(model))
+    ('LoRALinear', 4)
+    """
+    config = read_config(config)
+    nf4 = quantize_config(quantize)
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("model: expected one without adapters, got one that adapt() has been called on")
+    targets = find_targets(model, config)
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    replacements: dict[int, nn.Module] = {}
+    try:
+        for name, linear in targets.items():
+            replacements[id(linear)] = LoRALinear.from_linear(
+                linear,
+                r=config.rank_of(name),
+                lora_alpha=config.alpha_of(name),
+                lora_dropout=config.lora_dropout,
+                quantize=None if isinstance(linear, NF4Linear) else nf4,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+            ).train(linear.training)
+    except Exception:
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+        raise
+    replace_modules(model, replacements)
+    adapters = {id(p) for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in adapters)
+    for bias in trainable_biases(model, config.bias).values():
+        bias.requires_grad_(True)
+    model.peftkern_config = config
+    return model
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+    """The layers config asks for, by name. Raises ValueError if there is none."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
+    if config.target_modules == "all-linear":
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        targets = {name: m for name, m in linears.items() if m is not head}
+    else:
+        targets = {name: m for name, m in linears.items() if matches(name, config.target_modules)}
+    targets = {name: m for name, m in targets.items() if not matches(name, config.exclude_modules)}
+    if not targets:
+        some = ", ".join(list(linears)[:8]) or "none"
+        raise ValueError(
+            f"target_modules: expected the names of linear layers, {config.target_modules!r} matches none; "
+            f"the model has {len(linears)}: {some}{', ...' if len(linears) > 8 else ''}"
+        )
+    return targets
+
+
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Puts replacements[id(m)] wherever m is a child, at every name of a shared module."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) of every adapted layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear))
+
+
+def trainable_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """The biases that a config's ``bias`` field lets train, by their name in an HF PEFT checkpoint."""
+    if bias == "none":
+        return {}
+    layers = dict(adapted_layers(model))
+    found = {f"{name}.base_layer.bias": m.bias for name, m in layers.items() if m.bias is not None}
+    if bias == "all":
+        for name, p in model.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "bias" and owner not in layers:
+                found[name] = p
+    return found
+
+
+def merge(model: nn.Module, safe: bool = False, unload: bool = False) -> nn.Module:
+    """Merges every adapter into its weight (AdaptedLinear.merge); with unload, the layers become plain nn.Linear or
+    NF4Linear for good. Raises RuntimeError if there is none or one is merged already; with safe, ValueError, and all
+    layers are as before, if a merged weight is not finite. Returns model."""
+    layers = _layers_to_change(model, merged=False)
+    done: list[AdaptedLinear] = []
+    try:
+        for _, layer in layers:
+            layer.merge(safe=safe)
+            done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
+    if unload:
+        replace_modules(model, {id(layer): _plain_linear(layer) for _, layer in layers})
+        if hasattr(model, "peftkern_config"):
+            del model.peftkern_config
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts every original weight back, bit for bit. Raises RuntimeError if a layer is not merged. Returns model."""
+    for _, layer in _layers_to_change(model, merged=True):
+        layer.unmerge()
+    return model
+
+
+def _layers_to_change(model: nn.Module, merged: bool) -> list[tuple[str, AdaptedLinear]]:
+    layers = list(adapted_layers(model))
+    if not layers:
+        raise RuntimeError("model: expected one with adapters, got one without; call adapt() first")
+    wrong = [name for name, layer in layers if layer.merged != merged]
+    if wrong:
+        state = "merged" if merged else "unmerged"
+        raise RuntimeError(f"model: expected all layers {state}, {len(wrong)} are not, e.g. {wrong[0]!r}")
+    return layers
+
+
+def _plain_linear(layer: AdaptedLinear) -> nn.Linear:
+    quantized = layer.nf4_config is not None
+    plain = (NF4Linear if quantized else nn.Linear).__new__(NF4Linear if quantized else nn.Linear)
+    nn.Module.__init__(plain)
+    plain.in_features, plain.out_features = layer.in_features, layer.out_features
+    if quantized:
+        plain.set_base_weight(layer.base_weight())
+    else:
+        plain.weight = layer.weight
+    plain.bias = layer.bias
+    return plain.train(layer.training)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, each once: what an optimizer takes."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def memory_footprint(model: nn.Module) -> dict[str, float]:
+    """Bytes of parameters and buffers, each storage counted once.
+
+    total_bytes; quantized_bytes and quantized_params: of the NF4 weights with all their scales, and bits_per_param of
+    those (0.0 if there are none); trainable_bytes and trainable_params; buffer_bytes.
+    """
+    seen: set[tuple] = set()
+
+    def new_bytes(t: torch.Tensor) -> int:
+        key = (t.device, t.data_ptr(), t.nbytes)
+        if t.data_ptr() and key in seen:
+            return 0
+        seen.add(key)
+        return t.nbytes
+
+    report: dict[str, float] = dict.fromkeys(
+        ("total_bytes", "quantized_bytes", "quantized_params", "bits_per_param", "trainable_bytes", "trainable_params",
+         "buffer_bytes"), 0)  # fmt: skip
+    for module in model.modules():
+        quantized = isinstance(module, BaseWeight) and module.nf4_config is not None
+        if quantized:
+            report["quantized_bytes"] += module.base_weight().nbytes
+            report["quantized_params"] += module.in_features * module.out_features
+        for p in module.parameters(recurse=False):
+            size = new_bytes(p)
+            report["total_bytes"] += size
+            if p.requires_grad and size:
+                report["trainable_bytes"] += size
+                report["trainable_params"] += p.numel()
+        for b in module.buffers(recurse=False):
+            size = new_bytes(b)
+            report["total_bytes"] += size
+            report["buffer_bytes"] += size
+    if report["quantized_params"]:
+        report["bits_per_param"] = 8 * report["quantized_bytes"] / report["quantized_params"]
+    return report

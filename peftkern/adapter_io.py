@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on disk in HF PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``, both directions.
+
+Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r]; trained biases as PEFT names
+them. Saving writes temporary files and renames them; loading checks everything before it changes anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapt import adapt, adapted_layers, find_targets, trainable_biases
+from .config import LoraConfig, read_config
+from .modules import LoRALinear
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
+    """Writes model's adapter to directory, which is made if need be; returns it. HF PEFT, vLLM and others read it.
+
+    Raises RuntimeError if model has no adapter, OSError if the disk fails, in which case what was there before is
+    still whole.
+    """
+    tensors, config = _adapter_tensors(model), _config_of(model)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(config.to_peft_dict(), indent=2, sort_keys=True) + "\n"
+    write_whole(
+        {
+            folder / WEIGHTS_NAME: lambda path: save_file(contiguous, path, metadata={"format": "pt"}),
+            folder / CONFIG_NAME: lambda path: path.write_text(text),
+        }
+    )
+    return folder
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Loads an adapter that save_adapter or HF PEFT saved; adapts model first if it has none. Returns model.
+
+    Raises FileNotFoundError for a missing file and ValueError, naming the file and what was expected, for a damaged
+    one, for an option that is not supported and for tensors that do not fit. model is then unchanged.
+    """
+    folder = Path(directory)
+    config, tensors = _read_config_file(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
+    fresh = next(adapted_layers(model), None) is None
+    if fresh:
+        _check_layers(model, config, tensors, folder / WEIGHTS_NAME)
+        adapt(model, config)
+    targets = _adapter_tensors(model)
+    _check_fit(targets, tensors, folder / WEIGHTS_NAME)
+    scalings = _scalings(model, config)
+    with torch.no_grad():
+        for name, target in targets.items():
+            if fresh:  # keep the file's dtype: it is the one the adapter was trained in
+                target.data = tensors[name].to(target.device)
+            else:
+                target.copy_(tensors[name])
+    for layer, (alpha, scaling) in scalings.items():
+        layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
+        layer.lora_dropout = config.lora_dropout
+    model.peftkern_config = config
+    return model
+
+
+def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Writes all files under temporary names, then renames them: a failure on the way leaves the old ones whole."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, write in files.items():
+            write(temporary[path])
+            with open(temporary[path], "rb") as f:
+                os.fsync(f.fileno())
+        for path, written in temporary.items():
+            os.replace(written, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{next(iter(files)).parent}: could not write the adapter: {error}") from error
+    finally:
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+
+
+def _config_of(model: nn.Module) -> LoraConfig:
+    config = getattr(model, "peftkern_config", None)
+    if config is not None:
+        return config
+    layers = dict(adapted_layers(model))  # put in by hand: say what each layer says
+    first = next(iter(layers.values()))
+    return LoraConfig(
+        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, use_rslora=first.use_rslora,
+        target_modules=sorted(layers),
+        rank_pattern={name: m.r for name, m in layers.items() if m.r != first.r},
+        alpha_pattern={name: m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha},
+    )  # fmt: skip
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the adapter by its name in the file."""
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise RuntimeError("model: expected one with adapters, got one without; call adapt() first")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, LoRALinear):
+            raise RuntimeError(f"{name}: expected a LoRALinear, got {type(layer).__name__}")
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    biases = trainable_biases(model, _config_of(model).bias)
+    return tensors | {PREFIX + name: bias for name, bias in biases.items()}
+
+
+def _read_config_file(path: Path) -> LoraConfig:
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    try:
+        return read_config(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file, it is truncated or damaged: {error}") from error
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{path}: {name}: expected finite floating-point values, got {t.dtype} or NaN or infinity")
+    return tensors
+
+
+def _check_layers(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Before a model is adapted: would the file fit the layers that config chooses?"""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, linear in find_targets(model, config).items():
+        rank = config.rank_of(name)
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
+    _check_names_and_shapes(expected, {k: tuple(t.shape) for k, t in tensors.items() if ".lora_" in k}, path)
+
+
+def _check_fit(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    shapes = {name: tuple(t.shape) for name, t in targets.items()}
+    _check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in tensors.items()}, path)
+
+
+def _check_names_and_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], path: Path) -> None:
+    missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path}: expected {len(expected)} tensors for this model; {len(missing)} missing (e.g. {missing[:2]}), "
+            f"{len(extra)} unknown (e.g. {extra[:2]})"
+        )
+    for name, shape in expected.items():
+        if got[name] != shape:
+            raise ValueError(f"{path}: {name}: expected shape {list(shape)}, got {list(got[name])}")
+
+
+def _scalings(model: nn.Module, config: LoraConfig) -> dict[LoRALinear, tuple[float, float]]:
+    result = {}
+    for name, layer in adapted_layers(model):
+        alpha = config.alpha_of(name)
+        result[layer] = (alpha, alpha / (layer.r**0.5 if config.use_rslora else layer.r))
+    return result

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows: the loss curve, `report.json`, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import files
+
+_FOREGROUND = "#333333"
+_TRAIN = "#4477aa"
+_HELD_OUT = "#cc3311"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU if there is one, else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plot_loss(path: Path, report: dict[str, Any], history: list[dict[str, float]]) -> None:
+    """Draw the training loss of every step, and the held-out loss before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    before, after = report["held_out"]["before"]["loss"], report["held_out"]["after"]["loss"]
+    steps = [entry["step"] for entry in history]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, [entry["loss"] for entry in history], color=_TRAIN, linewidth=1.2, label="training, each step")
+    ends = [0, report["training"]["steps"]]
+    axes.plot(ends, [before, after], "o--", color=_HELD_OUT, label="held out, before and after")
+    for x, loss, side in zip(ends, (before, after), ("left", "right"), strict=True):
+        offset = (6 if side == "left" else -6, 8)
+        axes.annotate(f"{loss:.3f}", (x, loss), xytext=offset, textcoords="offset points", color=_HELD_OUT, ha=side)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(
+        f"{report['model']}, {report['settings']['method']}, on {Path(report['data']).name}", color=_FOREGROUND
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write `report.json`."""
+    files.write_atomic(path, json.dumps(report, indent=2) + "\n")
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """Print the samples and the table of results."""
+    console.print(f"\nprompt        {_one_line(report['samples']['prompt'])}", markup=False, highlight=False)
+    console.print(f"\nbefore        {_one_line(report['samples']['before'])}", markup=False, highlight=False)
+    console.print(f"\nafter         {_one_line(report['samples']['after'])}\n", markup=False, highlight=False)
+    table = Table(title=f"{report['model']} on {report['data']}", show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in table_rows(report):
+        table.add_row(name, value)
+    console.print(table, markup=False, highlight=False)
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the final table, as text."""
+    settings, size, training, check = report["settings"], report["size"], report["training"], report["reload_check"]
+    before, after = report["held_out"]["before"], report["held_out"]["after"]
+    exact = "logits equal, bit for bit" if check["max_abs_difference"] == 0 else "logits equal within the tolerance"
+    verdict = exact if check["passed"] else "FAILED: logits differ"
+    return [
+        (
+            "method",
+            f"{settings['method']}, r = {settings['rank']}, alpha = {settings['alpha']:g}, "
+            f"{size['adapted_layers']} layers",
+        ),
+        ("trainable parameters", f"{size['trainable_parameters']:,}"),
+        (
+            "base weights",
+            f"{size['base_bits_per_parameter']:.2f} bits per parameter ({size['adapted_weights']:,} in adapted layers)",
+        ),
+        (
+            "training",
+            f"{training['steps']} steps, {training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s",
+        ),
+        (
+            "held-out loss",
+            f"{before['loss']:.4f} -> {after['loss']:.4f} ({report['held_out']['change_percent']:+.1f}%)",
+        ),
+        ("held-out perplexity", f"{before['perplexity']:.2f} -> {after['perplexity']:.2f}"),
+        ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB ({report['device']})"),
+        ("adapter reload check", f"{verdict} (max abs difference {check['max_abs_difference']:g})"),
+        ("total time", f"{report['total_seconds']:.0f} s"),
+        ("adapter", report["files"]["adapter"]),
+        ("loss curve, report", f"{report['files']['plot']}, {report['files']['report']}"),
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

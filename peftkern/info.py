@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was built, what runs, and which path a call takes."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from .modules import AdaptedLinear, BaseWeight
+from .ops.library import ops
+
+PEERS = ("transformers", "peft", "bitsandbytes")
+
+
+def cpu_isa() -> str:
+    """The instruction set the CPU kernels use."""
+    return ops.cpu_isa()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Makes the CPU kernels use "scalar", "avx2", "avx512" or "avx512bf16"; "" chooses the best again.
+
+    The environment variable PEFTKERN_CPU_ISA sets it from the start. Raises ValueError if this machine lacks it.
+    """
+    if name and name not in ops.cpu_isas():
+        raise ValueError(f"name: expected one of {ops.cpu_isas()} or '', got {name!r}")
+    ops.set_cpu_isa(name)
+
+
+def info() -> dict[str, str]:
+    """Versions, what was compiled, what this machine runs: the lines of ``peftkern info``."""
+    archs = ops.cuda_archs()
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    report = {
+        "peftkern": _version("peftkern"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu isa": f"{cpu_isa()} (this machine can run {', '.join(ops.cpu_isas())})",
+        "cpu threads": str(torch.get_num_threads()),
+        "cuda kernels": f"compiled for {archs}"
+        if archs
+        else "not compiled in (no nvcc at build time, or PEFTKERN_CUDA=0)",
+        "gpu": ", ".join(gpus) or "none",
+    }
+    return report | {name: _version(name) for name in PEERS}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def explain(module: nn.Module) -> str:
+    """Which path a call of module takes and why: a line for each way its layers work, with how many and one example.
+
+    >>> from peftkern import LoRALinear
+    >>> print(explain(LoRALinear(64, 32)))  # doctest: +ELLIPSIS
+    1 LoRALinear: ...
+    """
+    groups: dict[str, list[str]] = {}
+    plain = 0
+    for name, layer in module.named_modules():
+        if isinstance(layer, BaseWeight):
+            groups.setdefault(f"{type(layer).__name__}: {_path(layer)}", []).append(name)
+        elif isinstance(layer, nn.Linear):
+            plain += 1
+    lines = []
+    for path, names in groups.items():
+        example = f" (e.g. {names[0]})" if names[0] else ""
+        lines.append(f"{len(names)} {path}{example}")
+    if plain:
+        lines.append(f"{plain} plain nn.Linear: torch's own path, no kernel of peftkern")
+    return "\n".join(lines) or "no layer of peftkern and no nn.Linear"
+
+
+def _path(layer: BaseWeight) -> str:
+    device = layer.weight.device.type
+    if device == "cpu":
+        kernels = f"CPU kernels ({cpu_isa()})"
+    elif device == "cuda":
+        kernels = "CUDA kernels" if ops.cuda_archs() else "none: CUDA kernels were not compiled in, the call will fail"
+    else:
+        kernels = f"none: there is no backend for {device}, the call will fail"
+    if layer.nf4_config is None:
+        dtype = str(layer.weight.dtype).removeprefix("torch.")
+        base = f"dense {dtype} weight, library product; activations of another dtype have the weight cast each call"
+    else:
+        scales = "8-bit absmax" if layer.nf4_config.double_quant else "float32 absmax"
+        base = (
+            f"NF4 weight (blocks of {layer.nf4_config.block_size}, {scales}) dequantized to the dtype of the "
+            "activations each call, then the library product"
+        )
+    parts = [kernels, base]
+    if isinstance(layer, AdaptedLinear):
+        parts.append(_adapter_path(layer))
+    return "; ".join(parts)
+
+
+def _adapter_path(layer: AdaptedLinear) -> str:
+    if layer.merged:
+        return "adapter merged into the weight, no low-rank work"
+    terms = layer.terms()
+    a = terms["A"]
+    if a is None:
+        return "no low-rank part"
+    dtype = str(a.dtype).removeprefix("torch.")
+    text = f"fused rank-{a.shape[0]} kernels on {dtype} adapters, float32 sums, no cast pass"
+    if terms.get("dropout_p"):
+        text += (
+            f"; dropout {terms['dropout_p']} inside them, mask regenerated in backward"
+            if layer.training
+            else (f"; dropout {terms['dropout_p']} off (eval mode)")
+        )
+    return text

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every adapter method shares: the call, merging, and the state dict. A method is a subclass that says its terms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
+from .base_weight import BaseWeight, weight_parameters
+
+
+class AdaptedLinear(BaseWeight):
+    """A frozen linear layer with a trainable adapter, ``adapted_linear(x, weight, bias=bias, **terms())``."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._unmerged: Tensor | NF4Weight | None = None  # the base weight while a merged one is in its place
+
+    def terms(self) -> dict[str, Any]:
+        """The adapter as keyword arguments of ``ops.adapted_linear``: A, B, lam, out_scale, scaling, dropout_p."""
+        raise NotImplementedError(f"{type(self).__name__}.terms")
+
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to the weight: float32 [out_features, in_features]."""
+        raise NotImplementedError(f"{type(self).__name__}.delta_weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], in x's dtype."""
+        terms = {} if self.merged else self.terms()
+        return adapted_linear(x, self.base_weight(), bias=self.bias, training=self.training, **terms)
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False) -> None:
+        """Puts weight + delta_weight() in place of the weight: added in float32, rounded once; NF4 is requantized with
+        the same block size. The original is kept aside, so that unmerge() is exact.
+
+        safe: raise ValueError, and change nothing, if the merged weight is not finite. Merging twice is an error.
+        """
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}.merge: already merged; call unmerge() first")
+        original = self.base_weight()
+        quantized = isinstance(original, NF4Weight)
+        dense = dequantize_nf4(original, torch.float32) if quantized else original.float()
+        merged = dense + self.delta_weight()
+        if safe and not bool(torch.isfinite(merged).all()):
+            raise ValueError("merge: expected finite merged weights, got NaN or infinity; the layer is unchanged")
+        if quantized:
+            requantized = quantize_nf4(merged, original.block_size, original.double_quant)
+            new: Tensor | NF4Weight = replace(requantized, dtype=original.dtype)
+        else:
+            new = merged.to(original.dtype)
+        self.set_base_weight(new)
+        self._unmerged = original
+
+    def unmerge(self) -> None:
+        """Puts the original weight back, bit for bit. Raises RuntimeError if the layer is not merged."""
+        if self._unmerged is None:
+            raise RuntimeError(f"{type(self).__name__}.unmerge: not merged")
+        device = self.weight.device
+        original = self._unmerged if self._unmerged.device == device else self._unmerged.to(device)
+        self.set_base_weight(original)
+        self._unmerged = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """The unmerged weight, also while merged: a state dict that holds the adapter must not hold it twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged is not None:
+            for name, parameter in weight_parameters(self._unmerged).items():
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or 'module'}: expected an unmerged layer to load into; unmerge() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        if self.nf4_config is None:
+            kind = str(self.weight.dtype).removeprefix("torch.")
+        else:
+            kind = f"nf4, block_size={self.nf4_config.block_size}, double_quant={self.nf4_config.double_quant}"
+        merged = ", merged" if self.merged else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight={kind}{merged}"
+        )

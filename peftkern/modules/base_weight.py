@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a module holds its frozen base weight, dense or NF4: the parameters, the state dict, and nothing else.
+
+Dense: ``weight`` [out, in]. NF4: ``weight`` uint8 [out, in / 2] (flat if in is odd) and the scales *as bytes*, so that
+``.to(dtype)``, autocast wrappers and FSDP mixed precision, which cast float parameters, leave them alone:
+
+    absmax            uint8 [4 * blocks], float32 bytes; with double quantization uint8 [blocks], the codes
+    nested_absmax     uint8 [4 * ceil(blocks / 256)], float32 bytes      (double quantization only)
+    absmax_offset     uint8 [4], float32 bytes                           (double quantization only)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import NF4Config, NF4Weight, quantize_nf4
+from ..ops.nf4 import check_weight
+
+WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def weight_parameters(weight: Tensor | NF4Weight) -> dict[str, nn.Parameter]:
+    """The frozen parameters that hold weight, by name; they share its storage."""
+    if not isinstance(weight, NF4Weight):
+        parameter = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
+        return {"weight": parameter.requires_grad_(False)}
+    parameters = {"weight": _frozen(weight.packed), "absmax": _frozen(_bytes(weight.absmax))}
+    if weight.nested_absmax is not None and weight.offset is not None:
+        parameters["nested_absmax"] = _frozen(_bytes(weight.nested_absmax))
+        parameters["absmax_offset"] = _frozen(_bytes(weight.offset))
+    return parameters
+
+
+class BaseWeight(nn.Module):
+    """Mixin of the modules that multiply by a frozen weight: ``in_features``, ``out_features`` and the parameters above."""
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    nf4_config: NF4Config | None = None  # None: dense
+    quantized_dtype: torch.dtype | None = None  # NF4: what was quantized, the default dtype of dequantize
+
+    def set_base_weight(self, weight: Tensor | NF4Weight) -> None:
+        """Holds weight, [out_features, in_features], sharing its storage. Raises ValueError if it does not fit."""
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
+        quantized = isinstance(weight, NF4Weight)
+        if quantized:
+            check_weight(weight, "weight")
+        self.nf4_config = NF4Config(weight.block_size, weight.double_quant) if quantized else None
+        self.quantized_dtype = weight.dtype if quantized else None
+        for name in WEIGHT_NAMES:
+            self._parameters.pop(name, None)
+        for name, parameter in weight_parameters(weight).items():
+            self.register_parameter(name, parameter)
+
+    def base_weight(self) -> Tensor | NF4Weight:
+        """The weight as the ops take it; shares storage."""
+        config = self.nf4_config
+        if config is None:
+            return self.weight
+        assert self.quantized_dtype is not None
+        shape = (self.out_features, self.in_features)
+        if not config.double_quant:
+            absmax = self.absmax.view(torch.float32)
+            return NF4Weight(self.weight, absmax, config.block_size, shape, self.quantized_dtype)
+        nested, offset = self.nested_absmax.view(torch.float32), self.absmax_offset.view(torch.float32)
+        return NF4Weight(self.weight, self.absmax, config.block_size, shape, self.quantized_dtype, nested, offset)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Reads three layouts: ours; bitsandbytes' (``weight.absmax``, ``weight.quant_state...``); and, into an NF4
+        module, a dense weight, which is quantized."""
+        if self.nf4_config is not None:
+            key = prefix + "weight"
+            incoming = state_dict.get(key)
+            weight = None
+            if any(k.startswith(key + ".quant_state.") for k in state_dict):
+                weight = NF4Weight.from_bnb(state_dict, key)
+                for name in [k for k in state_dict if k.startswith(key + ".")]:
+                    del state_dict[name]
+            elif incoming is not None and incoming.is_floating_point():
+                weight = quantize_nf4(incoming, self.nf4_config.block_size, self.nf4_config.double_quant)
+            if weight is not None:
+                self.set_base_weight(weight.to(self.weight.device))  # block_size and double_quant may differ
+                state_dict.update((prefix + name, p.detach()) for name, p in weight_parameters(weight).items())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

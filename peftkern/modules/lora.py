@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import NF4Config, NF4Weight, quantize_nf4
+from .adapted import AdaptedLinear
+from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias
+
+Quantize = str | NF4Config | None
+
+INIT_LORA_WEIGHTS = (True, False, "gaussian")
+
+
+def quantize_config(quantize: Quantize) -> NF4Config | None:
+    """None, "nf4" or an NF4Config as the user gives it."""
+    if quantize is None or isinstance(quantize, NF4Config):
+        return quantize
+    if quantize == "nf4":
+        return NF4Config()
+    raise ValueError(f'quantize: expected None, "nf4" or an NF4Config, got {quantize!r}')
+
+
+def check_lora(r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"r: expected an int >= 1, got {r!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {lora_dropout!r}")
+    if init_lora_weights not in INIT_LORA_WEIGHTS:
+        raise ValueError(f"init_lora_weights: expected one of {INIT_LORA_WEIGHTS}, got {init_lora_weights!r}")
+
+
+class LoRALinear(AdaptedLinear):
+    """A frozen linear layer plus a trainable low-rank update (LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1):
+    ``y = x W^T + scaling * (drop(x) A^T) B^T + bias``, scaling = lora_alpha / r, or / sqrt(r) with use_rslora.
+
+    weight: [out_features, in_features], frozen; lora_A: [r, in_features]; lora_B: [out_features, r]; bias, frozen.
+    dtype: of weight and bias; adapter_dtype: of lora_A and lora_B, float32 by default, as HF PEFT keeps them.
+    init_lora_weights: True: A Kaiming-uniform, B zero; "gaussian": A ~ N(0, 1 / r^2), B zero; False: both random.
+    Raises ValueError naming the argument for sizes or ranks < 1, or a dropout outside [0, 1).
+
+    >>> layer = LoRALinear(64, 32, r=4)
+    >>> layer(torch.randn(8, 64)).shape, sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    (torch.Size([8, 32]), 384)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_features(in_features, out_features)
+        super().__init__(in_features, out_features)
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.set_base_weight(weight)
+        self.bias = init_bias(bias, in_features, out_features, weight)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        quantize: Quantize = None,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """An adapter around linear, whose weight (dense, or an NF4Linear's) and bias are shared and frozen.
+
+        quantize: "nf4" or an NF4Config to quantize a dense weight first; the original is then not kept.
+        """
+        check_is_linear(linear)
+        config = quantize_config(quantize)
+        weight: Tensor | NF4Weight = linear.base_weight() if isinstance(linear, NF4Linear) else linear.weight
+        if config is not None:
+            if isinstance(weight, NF4Weight):
+                raise ValueError("quantize: expected None for a layer whose weight is NF4 already")
+            weight = quantize_nf4(weight, config.block_size, config.double_quant)
+        self = cls.__new__(cls)
+        AdaptedLinear.__init__(self, linear.in_features, linear.out_features)
+        self.set_base_weight(weight)
+        self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        return self
+
+    def _add_adapter(
+        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        check_lora(r, lora_dropout, init_lora_weights)
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        like = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        self.reset_adapter(init_lora_weights)
+
+    @torch.no_grad()
+    def reset_adapter(self, init_lora_weights: bool | str = True) -> None:
+        """Draws lora_A anew and zeroes lora_B (False: draws both)."""
+        if init_lora_weights == "gaussian":
+            self.lora_A.normal_(std=1.0 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            self.lora_B.zero_()
+
+    def terms(self) -> dict[str, Any]:
+        return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+
+
+class QLoRALinear(LoRALinear):
+    """LoRALinear over an NF4 base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, equation 5).
+
+    quantize: an NF4Config (default: block_size 64 with double quantization, as in the paper). The other arguments are
+    LoRALinear's.
+
+    >>> QLoRALinear(64, 32, r=4)(torch.randn(8, 64)).shape
+    torch.Size([8, 32])
+    """
+
+    def __init__(self, *args: Any, quantize: NF4Config | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = NF4Config(64, True) if quantize is None else quantize
+        self.set_base_weight(quantize_nf4(self.weight, config.block_size, config.double_quant))
