@@ -35,6 +35,15 @@ SENTENCES = [f"The {a} {b} {c} the {d}." for a in ("red", "old") for b in ("fox"
              for d in ("moon", "river", "hill", "house")]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on work this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """A Hugging Face folder with a random two-layer Llama and a byte-level tokenizer with a chat template."""
@@ -599,7 +608,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_a_checkpoint_prints_the_resume_command_and_exits_130(tiny, tmp_path, number):
-    settings = options(tiny, tmp_path, steps=200, method="qlora", save_steps=1000)
+    settings = options(tiny, tmp_path, steps=200, method="qlora", save_steps=1000, threads=1)
     process = subprocess.Popen(
         command(*shlex.split(finetune_cli.resume_command(settings))[2:-1]),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

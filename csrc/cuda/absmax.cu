@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Double quantization of absmax, in blocks of 256                               (QuantizeAbsmax, DequantizeAbsmax in nf4.h)
+// QuantizeAbsmax and DequantizeAbsmax of nf4.h: double quantization of absmax, in blocks of 256
 //
 //   offset = mean(absmax);  nested_absmax = max |absmax - offset| of each block
 //   code   = number of midpoints of neighbouring kDynamicCodes below (absmax - offset) * (1 / nested_absmax)
 //   absmax ~ kDynamicCodes[code] * nested_absmax + offset
 //
-// Small arrays (one value per NF4 block), so these kernels are plain. The mean is taken by one thread block, because its
-// order of summation is then fixed without a workspace; in fp64, so that the order hardly matters to the fp32 result.
+// Small arrays (one value per NF4 block), so these kernels are plain. One thread block takes the mean: that fixes the
+// order of summation without a workspace. In fp64, so that the order hardly matters to the fp32 result.
 #include "kernels.h"
 #include "reduce.cuh"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA as csrc/adapted_linear.h and csrc/nf4_ops.h see it: the launchers of kernels.h on the device and current stream of
-// a tensor, with errors as exceptions. CpuBackend has the same members.
+// CUDA as csrc/adapted_linear.h and csrc/nf4_ops.h see it: the launchers of kernels.h on the device and current stream
+// of a tensor, with errors as exceptions. CpuBackend has the same members.
 #pragma once
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,8 +10,9 @@
 
 namespace peftkern {
 
-// torch's current stream. Stream::nativeHandle() would be the way, but needs torch 2.13; and linking libtorch_cuda would
-// keep the extension from loading in a CPU build of torch. So the symbol is looked up in the library torch has loaded.
+// torch's current stream. Stream::nativeHandle() would be the way, but needs torch 2.13; and linking libtorch_cuda
+// would keep the extension from loading in a CPU build of torch. So the symbol is looked up in the library torch has
+// loaded.
 inline cudaStream_t current_cuda_stream(int32_t device) {
   using GetStream = int32_t (*)(int32_t device, void** stream);
   static const GetStream get_stream = [] {
@@ -34,7 +35,9 @@ class CudaBackend {
   void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
 
   void quantize_nf4(const QuantizeNf4& args) const { check(launch_quantize_nf4(args, stream_), "quantize_nf4"); }
-  void dequantize_nf4(const DequantizeNf4& args) const { check(launch_dequantize_nf4(args, stream_), "dequantize_nf4"); }
+  void dequantize_nf4(const DequantizeNf4& args) const {
+    check(launch_dequantize_nf4(args, stream_), "dequantize_nf4");
+  }
   void quantize_absmax(const QuantizeAbsmax& args) const {
     check(launch_quantize_absmax(args, stream_), "quantize_absmax");
   }

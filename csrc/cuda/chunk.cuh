@@ -14,21 +14,37 @@ __device__ __forceinline__ bool chunks_aligned(const void* base, int64_t row_byt
   return ((reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
 }
 
-// `valid` elements lie inside the row; it may be negative or above 8. Elements outside are read as zero, never touched.
+// 8 elements as they are stored. Loading does no arithmetic, so a thread can go on to other work until the values
+// arrive.
 template <class T>
-__device__ __forceinline__ void load_chunk(const T* source, int64_t valid, bool aligned, float (&v)[kChunk]) {
-  if (aligned && valid >= kChunk) {
-    alignas(16) T raw[kChunk];
+struct alignas(16) Chunk {
+  T raw[kChunk];
+
+  // `valid` elements lie inside the row; it may be negative or above 8. Those outside become zero and are never
+  // touched.
+  __device__ __forceinline__ void load(const T* source, int64_t valid, bool aligned) {
+    if (aligned && valid >= kChunk) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
-      reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(source)[i];
+      for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
+        reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(source)[i];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) raw[j] = j < valid ? source[j] : T{};
     }
+  }
+
+  __device__ __forceinline__ void to_floats(float (&v)[kChunk]) const {
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) v[j] = to_float(raw[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) v[j] = j < valid ? to_float(source[j]) : 0.0f;
   }
+};
+
+template <class T>
+__device__ __forceinline__ void load_chunk(const T* source, int64_t valid, bool aligned, float (&v)[kChunk]) {
+  Chunk<T> chunk;
+  chunk.load(source, valid, aligned);
+  chunk.to_floats(v);
 }
 
 template <class T>
@@ -54,8 +70,8 @@ __device__ __forceinline__ uint64_t load_seed(const Dropout& dropout) {
   return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed);
 }
 
-// Zeroes the dropped columns of the chunk at (row, column). The factor 1 / (1 - p) of the others is dropout.scale, which
-// every caller folds into alpha.
+// Zeroes the dropped columns of the chunk at (row, column). The factor 1 / (1 - p) of the others is dropout.scale,
+// which every caller folds into alpha.
 __device__ __forceinline__ void drop_chunk(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
                                            float (&v)[kChunk]) {
   if (dropout.threshold == 0) return;

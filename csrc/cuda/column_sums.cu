@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// out[c] = sum over rows of g[., c] * z[., c], or of g[., c]                                   (ColumnSums in low_rank.h)
+// ColumnSums of low_rank.h:  out[c] = sum over rows of g[., c] * z[., c], or of g[., c]
 //
 // Bound by reading g and z once. The work is laid out as reduce.cuh describes.
 #include "kernels.h"
 #include "reduce.cuh"
 
 namespace peftkern {
+
+constexpr int kRowsInFlight = 4;  // per thread: there is no arithmetic to hide the latency behind
 
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums args) {
@@ -16,14 +18,22 @@ __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums 
   const bool z_aligned = chunks_aligned(args.z, args.columns * sizeof(T));
 
   float sum[1][kChunk] = {};
-#pragma unroll 4  // four rows in flight per thread: there is no arithmetic to hide the latency behind
-  for (int64_t row = threadIdx.x / kChunkLanes; row < args.rows; row += kRowLanes) {
-    const int64_t index = row * args.columns + column;
-    float g[kChunk], z[kChunk] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-    load_chunk(static_cast<const T*>(args.g) + index, valid, g_aligned, g);
-    if (args.z) load_chunk(static_cast<const T*>(args.z) + index, valid, z_aligned, z);
+  for (int64_t first = threadIdx.x / kChunkLanes; first < args.rows; first += kRowsInFlight * kRowLanes) {
+    Chunk<T> g_chunk[kRowsInFlight], z_chunk[kRowsInFlight];
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) sum[0][j] = fmaf(g[j], z[j], sum[0][j]);
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      const int64_t row = first + i * kRowLanes, index = row * args.columns + column;
+      g_chunk[i].load(static_cast<const T*>(args.g) + index, row < args.rows ? valid : 0, g_aligned);
+      if (args.z) z_chunk[i].load(static_cast<const T*>(args.z) + index, row < args.rows ? valid : 0, z_aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      float g[kChunk], z[kChunk];
+      g_chunk[i].to_floats(g);
+      if (args.z) z_chunk[i].to_floats(z);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) sum[0][j] = args.z ? fmaf(g[j], z[j], sum[0][j]) : sum[0][j] + g[j];
+    }
   }
   partial.add_lanes(sum);
 

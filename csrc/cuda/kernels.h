@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every CUDA kernel of the package, as seen by the host: raw pointers and sizes in a struct (low_rank.h and nf4.h say what
-// each one computes and give the shapes), a stream, and the launch error. Torch-free. Nothing here synchronizes,
+// Every CUDA kernel of the package, as the host sees it: raw pointers and sizes in a struct (low_rank.h and nf4.h say
+// what is computed, and give the shapes), a stream, and the launch error. Torch-free. Nothing here synchronizes,
 // allocates or reads back, so every launch can be captured in a CUDA graph.
 #pragma once
 #include <cuda_runtime_api.h>

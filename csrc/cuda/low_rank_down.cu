@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = alpha * drop(x) F^T                                                                   (LowRankDown in low_rank.h)
+// LowRankDown of low_rank.h:  out = alpha * drop(x) F^T
 //
-// A product with a few output columns: bound by reading x while rank is small. A block makes a tile of 32 rows x kRanks. It
-// walks along the columns, and each step brings 64 columns of x (masked, as fp32) and of F to shared memory. As a tile
-// has fewer outputs than the block has threads to spare, the threads also split the columns of each step into slices,
-// which are added in slice order at the end. Ranks above 32 take several tiles; they are neighbours in the grid, so x is
-// then read from L2.
+// A product with a few output columns: bound by reading x while rank is small. A block makes a tile of 32 rows x kRanks
+// outputs. It walks along the columns; a step brings 64 columns of x (masked, as fp32) and of F to shared memory. 16
+// outputs a thread would leave most threads idle, so they also split the columns of a step into slices, whose sums are
+// added in slice order at the end. Ranks above 32 take several tiles, neighbours in the grid, so that x comes from L2.
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -32,24 +31,35 @@ __global__ void __launch_bounds__(kDownThreads) low_rank_down_kernel(LowRankDown
   const int64_t first_rank = blockIdx.x % rank_tiles * kRanks;
   const int64_t first_row = blockIdx.x / rank_tiles * kDownRows;
 
-  const int load_row = threadIdx.x / (kDownColumns / kChunk), load_chunk_index = threadIdx.x % (kDownColumns / kChunk);
+  const int load_row = threadIdx.x / (kDownColumns / kChunk),
+            load_column = threadIdx.x % (kDownColumns / kChunk) * kChunk;
   const int row_group = threadIdx.x % kRowGroups, rank_group = threadIdx.x / kRowGroups % kRankGroups;
   const int slice = threadIdx.x / (kRowGroups * kRankGroups);
 
   const int64_t x_row = first_row + load_row;
-  const T* x = static_cast<const T*>(args.x) + x_row * args.columns;
+  const T* x_data = static_cast<const T*>(args.x) + x_row * args.columns;
   const bool x_aligned = chunks_aligned(args.x, args.columns * sizeof(T));
   const uint64_t seed = load_seed(args.dropout);
 
+  Chunk<T> x;
+  FactorChunk<kRanks, kDownColumns> factor;
+  static_assert(factor.kThreads <= kDownThreads);
+  const auto load = [&](int64_t first_column) {
+    const int64_t column = first_column + load_column;
+    x.load(x_data + column, x_row < args.rows ? args.columns - column : 0, x_aligned);
+    factor.load(args.factor, args.rank, args.columns, first_rank, first_column);
+  };
+
   float sum[kDownThreadRows][kDownThreadRanks] = {};
+  load(0);
   for (int64_t first_column = 0; first_column < args.columns; first_column += kDownColumns) {
-    const int64_t column = first_column + load_chunk_index * kChunk;
     float v[kChunk];
-    load_chunk(x + column, x_row < args.rows ? args.columns - column : 0, x_aligned, v);
-    drop_chunk(args.dropout, seed, x_row, column, v);
-    shared.tile.x.set_chunk(load_row, load_chunk_index, v);
-    load_factor_tile<kDownThreads>(args.factor, args.rank, args.columns, first_rank, first_column, shared.tile.factor);
+    x.to_floats(v);
+    drop_chunk(args.dropout, seed, x_row, first_column + load_column, v);
+    shared.tile.x.set_chunk(load_row, load_column / kChunk, v);
+    factor.store(args.factor.rank_major, shared.tile.factor);
     __syncthreads();
+    load(first_column + kDownColumns);  // for the next step; it arrives during this one
 #pragma unroll
     for (int quad = slice; quad < kDownColumns / 4; quad += kSlices) {
       // A thread's rows and ranks are strided, so that the lanes of a warp read neighbouring ones.

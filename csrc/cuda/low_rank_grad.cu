@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// grad = alpha * u^T drop(x), in the layout and dtype of the factor                           (LowRankGrad in low_rank.h)
+// LowRankGrad of low_rank.h:  grad = alpha * u^T drop(x), in the layout and dtype of the factor
 //
-// A block owns 32 columns and kRanks ranks and walks down all rows, its threads side by side (reduce.cuh). A thread keeps
-// kRanks x 8 sums in registers and reads x and u straight from global memory: every value feeds 8 or more FMAs, the 4
-// lanes of a row share u in L1, and no barrier stands in the loop.
+// A block owns 32 columns and kRanks ranks and walks down all rows, its threads side by side (reduce.cuh). A thread
+// keeps kRanks x 8 sums in registers and reads x and u straight from global memory: each value feeds 8 or more FMAs,
+// the 4 lanes of a row share u in L1, and there is no barrier in the loop.
 #include "kernels.h"
 #include "reduce.cuh"
 
@@ -20,20 +20,33 @@ __global__ void __launch_bounds__(kReduceThreads) low_rank_grad_kernel(LowRankGr
   const bool x_aligned = chunks_aligned(args.x, args.columns * sizeof(T));
   const bool u_aligned = chunks_aligned(args.u, args.rank * sizeof(float));
   const uint64_t seed = load_seed(args.dropout);
+  const T* x_data = static_cast<const T*>(args.x) + column;
+  Chunk<T> next_x;
+  Chunk<float> next_u[kRanks / kChunk];
+  const auto load = [&](int64_t row) {
+    const bool inside = row < args.rows;
+    next_x.load(x_data + row * args.columns, inside ? args.columns - column : 0, x_aligned);
+#pragma unroll
+    for (int i = 0; i < kRanks / kChunk; ++i) {
+      const int64_t rank = first_rank + i * kChunk;
+      next_u[i].load(args.u + row * args.rank + rank, inside ? args.rank - rank : 0, u_aligned);
+    }
+  };
+
   float sum[kRanks][kChunk] = {};
-  for (int64_t row = threadIdx.x / kChunkLanes; row < args.rows; row += kRowLanes) {
-    float x[kChunk];
-    load_chunk(static_cast<const T*>(args.x) + row * args.columns + column, args.columns - column, x_aligned, x);
+  int64_t row = threadIdx.x / kChunkLanes;
+  load(row);
+  for (; row < args.rows; row += kRowLanes) {
+    float x[kChunk], u[kRanks];
+    next_x.to_floats(x);
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) u[r] = next_u[r / kChunk].raw[r % kChunk];
+    load(row + kRowLanes);  // arrives during the work on this row
     drop_chunk(args.dropout, seed, row, column, x);
 #pragma unroll
-    for (int r = 0; r < kRanks; r += kChunk) {
-      float u[kChunk];
-      load_chunk(args.u + row * args.rank + first_rank + r, args.rank - first_rank - r, u_aligned, u);
+    for (int r = 0; r < kRanks; ++r) {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) sum[r + i][j] = fmaf(u[i], x[j], sum[r + i][j]);
-      }
+      for (int j = 0; j < kChunk; ++j) sum[r][j] = fmaf(u[r], x[j], sum[r][j]);
     }
   }
   partial.add_lanes(sum);

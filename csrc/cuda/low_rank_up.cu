@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = out_scale * (y + alpha * mask(u F)) + bias, in place; z receives y before out_scale and bias
-//                                                                                               (LowRankUp in low_rank.h)
-// Bound by reading and writing y, which is touched exactly once: the sum over the rank is complete in registers before y
-// is loaded. A block makes a tile of 64 rows x 128 columns; a thread makes one chunk in each of 4 rows. With rank 0 the
-// sum is empty and only the last part, the epilogue, remains.
+// LowRankUp of low_rank.h:  y = out_scale * (y + alpha * mask(u F)) + bias, in place; z receives y before the scale
+//
+// Bound by reading and writing y, which is touched exactly once, when the sum over the rank is complete in registers. A
+// block makes a tile of 64 rows x 128 columns; a thread makes one chunk in each of 4 rows. With rank 0 the sum is empty
+// and only the last part, the epilogue, remains.
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -35,7 +35,10 @@ __global__ void __launch_bounds__(kUpThreads) low_rank_up_kernel(LowRankUp args)
       load_chunk(args.u + row * args.rank + rank, row < args.rows ? args.rank - rank : 0, u_aligned, v);
       u_tile.set_chunk(r, rank_chunk, v);
     }
-    load_factor_tile<kUpThreads>(args.factor, args.rank, args.columns, first_rank, first_column, factor_tile);
+    FactorChunk<kUpRanks, kUpColumns> factor;
+    static_assert(factor.kThreads <= kUpThreads);
+    factor.load(args.factor, args.rank, args.columns, first_rank, first_column);
+    factor.store(args.factor.rank_major, factor_tile);
     __syncthreads();
 #pragma unroll
     for (int quad = 0; quad < kUpRanks / 4; ++quad) {
@@ -47,7 +50,8 @@ __global__ void __launch_bounds__(kUpThreads) low_rank_up_kernel(LowRankUp args)
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float4 low = factor_tile.quad(quad * 4 + k, chunk * 2), high = factor_tile.quad(quad * 4 + k, chunk * 2 + 1);
+        const int rank = quad * 4 + k;
+        const float4 low = factor_tile.quad(rank, chunk * 2), high = factor_tile.quad(rank, chunk * 2 + 1);
         const float f[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int i = 0; i < kUpThreadRows; ++i) {
@@ -68,13 +72,20 @@ __global__ void __launch_bounds__(kUpThreads) low_rank_up_kernel(LowRankUp args)
   float out_scale[kChunk], bias[kChunk];
   if (args.out_scale) load_chunk(args.out_scale + column, valid, chunks_aligned(args.out_scale, 0), out_scale);
   if (args.bias) load_chunk(args.bias + column, valid, chunks_aligned(args.bias, 0), bias);
+  Chunk<T> y_chunk[kUpThreadRows];  // all rows at once: four loads in flight
+#pragma unroll
+  for (int i = 0; i < kUpThreadRows; ++i) {
+    const int64_t row = first_row + row_group + i * kUpRowGroups;
+    y_chunk[i].load(static_cast<const T*>(args.y) + row * args.columns + column, row < args.rows ? valid : 0,
+                    y_aligned);
+  }
 #pragma unroll
   for (int i = 0; i < kUpThreadRows; ++i) {
     const int64_t row = first_row + row_group + i * kUpRowGroups;
     if (row >= args.rows) break;
     const int64_t index = row * args.columns + column;
     float y[kChunk];
-    load_chunk(static_cast<const T*>(args.y) + index, valid, y_aligned, y);
+    y_chunk[i].to_floats(y);
     drop_chunk(args.dropout, seed, row, column, sum[i]);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) y[j] = fmaf(scale, sum[i][j], y[j]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// out[i] = kNf4Codes[code[i]] * absmax[i / block_size], in fp32, rounded once                  (DequantizeNf4 in nf4.h)
+// DequantizeNf4 of nf4.h:  out[i] = kNf4Codes[code[i]] * absmax[i / block_size], in fp32, rounded once
 //
 // Bound by writing out. A thread turns a 32-bit word of 8 codes into a chunk. This is the simplest complete kernel here
 // and the one to copy for a new one.
@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_nf4_kernel(Dequ
     if (packed_aligned && valid >= kChunk) {
       word = *reinterpret_cast<const uint32_t*>(packed);
     } else {
-      for (int byte = 0; byte < 4 && 2 * byte < valid; ++byte) word |= static_cast<uint32_t>(packed[byte]) << (8 * byte);
+      for (int byte = 0; byte < 4 && 2 * byte < valid; ++byte)
+        word |= static_cast<uint32_t>(packed[byte]) << (8 * byte);
     }
     const float absmax = args.absmax[index >> block_size_log2];  // a chunk never crosses a block: 8 divides block_size
     float v[kChunk];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// absmax = max |w| of each block; code = number of thresholds below w / absmax; two codes a byte   (QuantizeNf4 in nf4.h)
+// QuantizeNf4 of nf4.h:  absmax = max |w| of each block, code = number of thresholds below w / absmax, two codes a byte
 //
 // Bound by reading w. A thread quantizes a chunk of 8 elements to one 32-bit word; a block of elements belongs to
 // block_size / 8 neighbouring lanes, at most a warp, which then takes several chunks each.
@@ -13,8 +13,8 @@ namespace peftkern {
 
 constexpr int kQuantizeThreads = 256;
 
-// nf4_code of nf4.h as a binary search over thresholds in registers: each comparison keeps the upper or the lower half of the candidates.
-// Needs no clamp to [-1, 1]: all thresholds lie inside. A zero, hence also an element outside of w, gives code 7.
+// nf4_code of nf4.h as a binary search over registers: each comparison keeps the upper or the lower half of the
+// candidates. No clamp to [-1, 1] is needed: all thresholds lie inside. Zero, hence the padding too, gets code 7.
 __device__ __forceinline__ uint32_t nf4_code_on_device(float scaled) {
   float candidates[15] = {PEFTKERN_NF4_THRESHOLDS};
   uint32_t code = 0;
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_nf4_kernel(Quantize
   const bool w_aligned = chunks_aligned(w, 0);
   const bool packed_aligned = reinterpret_cast<uintptr_t>(args.packed) % 4 == 0;
 
-  // Threads past the end of w stay, for the shuffles; they see zeros. Backwards, so that the chunk needed first afterwards
-  // is still in registers (up to block size 256 it is the only one).
+  // Threads past the end of w stay for the shuffles; they see zeros. Backwards, so that the chunk that is needed first
+  // afterwards is still in registers (up to block size 256 it is the only one).
   float v[kChunk];
   uint32_t max_bits = 0;
   for (int i = chunks - 1; i >= 0; --i) {

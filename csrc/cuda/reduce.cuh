@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over rows, for outputs that keep the columns. A block owns 32 columns: 4 neighbouring lanes hold one row's 4
-// chunks (64 contiguous bytes of a 16-bit dtype) and the 64 groups of lanes walk down the rows. The partial sums then meet
-// in a fixed order, first within a warp, then across the warps, so the result depends on the shape alone.
+// chunks (64 contiguous bytes of a 16-bit dtype) and the 64 groups of lanes walk down the rows. The partial sums then
+// meet in a fixed order, first within a warp, then across the warps, so the result depends on the shape alone.
 #pragma once
 #include "chunk.cuh"
 

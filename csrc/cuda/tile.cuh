@@ -6,8 +6,8 @@
 
 namespace peftkern {
 
-// Padding, in floats: a chunk of 8 takes 12, so the 16-byte accesses of 8 lanes at neighbouring chunks touch all 32 banks
-// once; a row takes 4 more, so the same holds for 8 lanes at neighbouring rows (the row stride is 4 modulo 8).
+// Padding, in floats: a chunk of 8 takes 12, so the 16-byte accesses of 8 lanes at neighbouring chunks touch all 32
+// banks once; a row takes 4 more, so the same holds for 8 lanes at neighbouring rows (the row stride is 4 modulo 8).
 template <int kRows, int kColumns>
 struct Tile {
   static_assert(kColumns % (2 * kChunk) == 0, "an odd number of chunks would make neighbouring rows share banks");
@@ -27,42 +27,51 @@ struct Tile {
   }
 };
 
-// The dtype of a factor is a run-time argument: it is read once per tile, while a template argument would triple the
-// number of kernels.
-__device__ __forceinline__ void load_factor_chunk(const Factor& factor, int64_t index, int64_t valid, bool aligned,
-                                                  float (&v)[kChunk]) {
-  switch (factor.dtype) {
-    case DType::f32: load_chunk(static_cast<const float*>(factor.data) + index, valid, aligned, v); break;
-    case DType::bf16: load_chunk(static_cast<const bf16_t*>(factor.data) + index, valid, aligned, v); break;
-    case DType::f16: load_chunk(static_cast<const f16_t*>(factor.data) + index, valid, aligned, v); break;
-  }
-}
-
-// tile[r][c] = F[first_rank + r][first_column + c] whatever the layout of F; zero outside of it. All threads take part.
-template <int kThreads, int kRanks, int kColumns>
-__device__ void load_factor_tile(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
-                                 int64_t first_column, Tile<kRanks, kColumns>& tile) {
-  const int64_t stride = factor.rank_major ? columns : rank;
-  const bool aligned = chunks_aligned(factor.data, stride * (factor.dtype == DType::f32 ? 4 : 2));
+// A thread's share, one chunk, of a tile of F on its way to shared memory: tile[r][c] = F[first_rank + r][first_column
+// + c] whatever the layout of F, zero outside of it. Threads beyond the chunks of the tile have no share.
+template <int kRanks, int kColumns>
+struct FactorChunk {
+  static constexpr int kThreads = kRanks * kColumns / kChunk;
   float v[kChunk];
-  if (factor.rank_major) {
-    constexpr int kChunks = kColumns / kChunk;
-    for (int i = threadIdx.x; i < kRanks * kChunks; i += kThreads) {
-      const int r = i / kChunks, chunk = i % kChunks;
-      const int64_t row = first_rank + r, column = first_column + chunk * kChunk;
-      load_factor_chunk(factor, row * stride + column, row < rank ? columns - column : 0, aligned, v);
-      tile.set_chunk(r, chunk, v);
-    }
-  } else {
-    constexpr int kChunks = kRanks / kChunk;
-    for (int i = threadIdx.x; i < kColumns * kChunks; i += kThreads) {
-      const int c = i / kChunks, r = i % kChunks * kChunk;
-      const int64_t row = first_column + c, column = first_rank + r;
-      load_factor_chunk(factor, row * stride + column, row < columns ? rank - column : 0, aligned, v);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) tile.at(r + j, c) = v[j];
+
+  // The dtype is a run-time argument: F is small, and a template argument would triple the number of kernels.
+  __device__ __forceinline__ void load(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
+                                       int64_t first_column) {
+    if (threadIdx.x >= kThreads) return;
+    const int64_t r = first_rank + (factor.rank_major ? rank_major_row() : column_major_row());
+    const int64_t c = first_column + (factor.rank_major ? rank_major_column() : column_major_column());
+    const int64_t stride = factor.rank_major ? columns : rank;
+    const int64_t index = factor.rank_major ? r * columns + c : c * rank + r;
+    int64_t valid = factor.rank_major ? columns - c : rank - r;
+    if (r >= rank || c >= columns) valid = 0;
+    switch (factor.dtype) {
+      case DType::f32: load_as<float>(factor.data, index, valid, stride); break;
+      case DType::bf16: load_as<bf16_t>(factor.data, index, valid, stride); break;
+      case DType::f16: load_as<f16_t>(factor.data, index, valid, stride); break;
     }
   }
-}
+
+  __device__ __forceinline__ void store(bool rank_major, Tile<kRanks, kColumns>& tile) const {
+    if (threadIdx.x >= kThreads) return;
+    if (rank_major) {
+      tile.set_chunk(rank_major_row(), rank_major_column() / kChunk, v);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) tile.at(column_major_row() + j, column_major_column()) = v[j];
+    }
+  }
+
+ private:
+  // Neighbouring threads take neighbouring memory: chunks along the columns, or along the ranks.
+  __device__ static int rank_major_row() { return threadIdx.x / (kColumns / kChunk); }
+  __device__ static int rank_major_column() { return threadIdx.x % (kColumns / kChunk) * kChunk; }
+  __device__ static int column_major_row() { return threadIdx.x % (kRanks / kChunk) * kChunk; }
+  __device__ static int column_major_column() { return threadIdx.x / (kRanks / kChunk); }
+
+  template <class T>
+  __device__ __forceinline__ void load_as(const void* base, int64_t index, int64_t valid, int64_t stride) {
+    load_chunk(static_cast<const T*>(base) + index, valid, chunks_aligned(base, stride * sizeof(T)), v);
+  }
+};
 
 }  // namespace peftkern

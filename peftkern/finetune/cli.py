@@ -10,9 +10,13 @@ import argparse
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import FinetuneError, Interrupted
 from .options import BLOCK_SIZES, DEFAULT_STEPS, DTYPES, METHODS, Options
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DEFAULTS = Options()
 
@@ -20,7 +24,7 @@ _DEFAULTS = Options()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every argument of the command to a parser; the defaults are those of `Options`."""
 
-    def add(name: str, help: str, **kwargs: object) -> None:
+    def add(name: str, help: str, **kwargs: Any) -> None:
         destination = name.removeprefix("--").replace("-", "_")
         parser.add_argument(name, help=help, default=getattr(_DEFAULTS, destination), **kwargs)
 
@@ -88,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _interrupted(options: Options, errors: object) -> int:
+def _interrupted(options: Options, errors: Console) -> int:
     from . import files
 
     found = files.checkpoints(Path(options.output) / "checkpoints")

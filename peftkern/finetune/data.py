@@ -269,8 +269,8 @@ def _packed(corpus: Corpus, tokenizer: Any, seq_len: int, what: str) -> Dataset:
     blocks = [stream[i : i + seq_len] for i in range(0, len(stream) - seq_len + 1, seq_len)]
     if not blocks:
         raise FinetuneError(
-            f"--data: the {what} text of {corpus.name!r} has {len(stream)} tokens (documents: {len(corpus.documents)}); "
-            f"expected at least one block of --seq-len {seq_len} (give more text, a smaller --seq-len"
+            f"--data: the {what} text of {corpus.name!r} has {len(stream)} tokens in {len(corpus.documents)} "
+            f"documents; expected at least one block of --seq-len {seq_len} (give more text, a smaller --seq-len"
             + (", or a larger --eval-fraction)" if what == "held-out" else ")")
         )
     return Dataset(
@@ -321,8 +321,8 @@ def tokenize_chat(tokenizer: Any, messages: Sequence[dict[str, str]], origin: st
                 before = render(i)  # some templates write no generation prompt, or another one, into the past
             if not (text.startswith(after) and after.startswith(before)):
                 raise FinetuneError(
-                    f'{origin}: "messages"[{i}]: the chat template renders this turn differently inside the whole conversation, '
-                    "so its tokens cannot be told apart; expected a template that only appends"
+                    f'{origin}: "messages"[{i}]: the chat template renders this turn differently inside the whole '
+                    "conversation, so its tokens cannot be told apart; expected a template that only appends"
                 )
             spans.append((len(before), len(after)))
     except FinetuneError:
@@ -338,8 +338,8 @@ def _label_spans(
     """Tokenize the whole text at once, and learn the tokens that begin inside one of the character spans."""
     if not tokenizer.is_fast:
         raise FinetuneError(
-            "--model: expected a fast tokenizer (with a tokenizer.json), which knows the character span of every token, "
-            f"got {type(tokenizer).__name__}"
+            "--model: expected a fast tokenizer (with a tokenizer.json), which knows the character span of every "
+            f"token, got {type(tokenizer).__name__}"
         )
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     spans = list(spans)

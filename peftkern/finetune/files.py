@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object] | str) -> None:
-    """Write text, or let `write(temporary_path)` write, then rename: `path` is the old file or the new, never a part."""
+    """Write text, or let `write(temporary_path)` write, then rename: `path` is old or new, never a part."""
     temporary = path.with_name(f".{path.stem}{PARTIAL}{path.suffix}")
     try:
         if isinstance(write, str):

@@ -176,7 +176,8 @@ def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
 def _say_data(say: Any, corpus: data.Corpus, dataset: data.Dataset, held_out: data.Dataset, options: Options) -> None:
     say(
         f"{corpus.name}: {dataset.documents} documents to train on "
-        f"({len(dataset)} examples, {dataset.tokens:,} tokens), {held_out.documents} held out ({len(held_out)} examples, {held_out.tokens:,} tokens)"
+        f"({len(dataset)} examples, {dataset.tokens:,} tokens), "
+        f"{held_out.documents} held out ({len(held_out)} examples, {held_out.tokens:,} tokens)"
     )
     for part in (dataset, held_out):
         if part.truncated or part.dropped:

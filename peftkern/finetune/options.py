@@ -16,8 +16,8 @@ DEFAULT_STEPS = 60
 
 # A resumed run may have other values of these. For steps and epochs the resulting number of steps is compared instead.
 _MAY_CHANGE_ON_RESUME = frozenset(
-    "threads save_steps resume overwrite output prompt gradient_checkpointing eval_limit steps epochs".split()
-)
+    ("threads", "save_steps", "resume", "overwrite", "output", "prompt", "gradient_checkpointing", "eval_limit")
+) | {"steps", "epochs"}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def plot_loss(path: Path, report: dict[str, Any], history: list[dict[str, float]
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     before, after = report["held_out"]["before"]["loss"], report["held_out"]["after"]["loss"]
     steps = [entry["step"] for entry in history]
@@ -49,7 +49,7 @@ def plot_loss(path: Path, report: dict[str, Any], history: list[dict[str, float]
     axes.set_title(
         f"{report['model']}, {report['settings']['method']}, on {Path(report['data']).name}", color=_FOREGROUND
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

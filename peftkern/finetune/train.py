@@ -237,7 +237,7 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The Trainer writes into its output_dir, a scratch folder here; the whole checkpoint then moves out of it.
         name = f"checkpoint-{self.state.global_step}"
-        scratch, final = Path(self.args.output_dir), self.checkpoint_folder / name
+        scratch, final = self.checkpoint_folder / files.PARTIAL, self.checkpoint_folder / name
         if self.last_checkpoint == final:
             return
         shutil.rmtree(scratch, ignore_errors=True)

@@ -162,10 +162,17 @@ def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> Tensor:
     return adapted_linear(x, q, bias=bias)
 
 
+def _check_devices(name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    for argument, t in tensors.items():
+        if t is not None and t.device != reference.device:
+            raise RuntimeError(f"{argument}: expected the device of {name} ({reference.device}), got {t.device}")
+
+
 @torch.library.register_fake("peftkern::adapted_linear")
 def _(
     x, weight, absmax, block_size, out_features, A, B, lam, out_scale, bias, scaling, dropout_p, seed, save_h, save_z
 ):
+    _check_devices("x", x, weight=weight, absmax=absmax, A=A, B=B, lam=lam, out_scale=out_scale, bias=bias, seed=seed)
     shape = [*x.shape[:-1], out_features]
     rows = 1
     for size in x.shape[:-1]:

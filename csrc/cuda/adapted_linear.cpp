@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// adapted_linear on CUDA: the registration.
+#include "../adapted_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "backend.h"
+
+namespace peftkern {
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CUDA, m) {
+  m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CudaBackend>));
+  m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CudaBackend>));
+}
+
+}  // namespace peftkern

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adapted_linear against the fp64 reference: values, gradients, finite differences, layouts, repeatability, errors."""
+
+import pytest
+import torch
+from conftest import assert_close
+from samples import BF16, F32, SAMPLES, SMALL, Sample
+
+import peftkern
+from peftkern import NF4Config, reference
+from peftkern.ops.library import ops
+
+samples = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+
+
+@samples
+def test_value_equals_reference(sample, device, isa):
+    call = sample.make(device)
+    y = call.run()
+    assert y.dtype == sample.x
+    assert_close(y, call.reference()[0], sample.x, "y")
+    with torch.no_grad():
+        assert torch.equal(call.run(), y), "without gradients another value"
+
+
+@samples
+def test_gradients_equal_reference(sample, device, isa):
+    call = sample.make(device)
+    y = call.run()
+    grad = torch.randn(y.shape).to(y.dtype)
+    y.backward(grad.to(device))
+    expected, leaves = call.reference()
+    expected.backward(grad.double())
+    for name, t in call.inputs().items():
+        assert t.grad is not None and t.grad.dtype == t.dtype, name
+        assert_close(t.grad, leaves[name].grad, max(sample.x, t.dtype, key=lambda d: -d.itemsize), f"d{name}", slack=2.0)
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=str)
+def test_gradients_by_finite_differences(sample, device):
+    """The output is linear in each argument, so a large step has no truncation error and fp32 is enough."""
+    call = sample.make(device)
+    weights = torch.randn(call.run().shape, device=device)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return (call.run().double() * weights).sum().item()
+
+    (call.run() * weights).sum().backward()
+    for name, t in call.inputs().items():
+        if not t.numel():
+            continue
+        direction = torch.randn_like(t)
+        with torch.no_grad():
+            t += direction
+            above = loss()
+            t -= 2 * direction
+            below = loss()
+            t += direction
+        expected = (above - below) / 2
+        got = (t.grad.double() * direction).sum().item()
+        scale = (t.grad.double().abs() * direction.abs()).sum().item() + 1e-3
+        assert abs(got - expected) <= 1e-5 * scale, f"d{name}: {got} against {expected} by finite differences"
+
+
+def test_gradcheck_with_dropout(device):
+    """torch's own checker, every entry of every Jacobian."""
+    call = Sample((4,), 9, 6, 3, dropout=0.4, lam=True, out_scale=True, bias=True).make(device)
+    names = list(call.inputs())
+
+    def f(*inputs):
+        terms = dict(zip(names, inputs, strict=True))
+        x = terms.pop("x")
+        return peftkern.adapted_linear(x, call.weight, scaling=0.7, dropout_p=0.4, seed=call.seed, **terms)
+
+    with pytest.warns(UserWarning, match="double precision"):
+        assert torch.autograd.gradcheck(f, tuple(call.inputs().values()), eps=0.5, atol=1e-4, rtol=1e-4)
+
+
+@samples
+def test_every_isa_equals_scalar(sample):
+    """Elementwise work is bit-equal; sums may differ by their order only."""
+    results = {}
+    for name in ops.cpu_isas():
+        peftkern.set_cpu_isa(name)
+        call = sample.make()
+        y = call.run()
+        y.sum().backward()
+        results[name] = {"y": y.detach(), **{f"d{k}": t.grad for k, t in call.inputs().items()}}
+    peftkern.set_cpu_isa("")
+    for name, got in results.items():
+        for key, t in got.items():
+            assert_close(t, results["scalar"][key], t.dtype, f"{key} of {name}")
+
+
+@samples
+def test_repeats_to_the_bit(sample, device, isa, threads):
+    def bits(n: int) -> list[torch.Tensor]:
+        threads(n)
+        call = sample.make(device)
+        y = call.run()
+        y.backward(torch.ones_like(y))
+        return [y, *(t.grad for t in call.inputs().values())]
+
+    first = bits(1)
+    for n in (1, 2, 3):
+        for a, b in zip(first, bits(n), strict=True):
+            assert torch.equal(a, b), f"{n} threads"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_large_shapes_repeat_and_equal_reference(dtype, threads):
+    """Enough rows and columns that every split, tile and tail is used."""
+    sample = Sample((600,), 1100, 700, 24, dtype, dtype, dropout=0.1, lam=True, bias=True)
+    results = []
+    for n in (1, 2):
+        threads(n)
+        call = sample.make()
+        y = call.run()
+        y.backward(torch.ones_like(y))
+        results.append([y, *(t.grad for t in call.inputs().values())])
+    expected, leaves = call.reference()
+    expected.backward(torch.ones_like(expected))
+    assert_close(y, expected, dtype, "y")
+    for name, t in call.inputs().items():
+        assert_close(t.grad, leaves[name].grad, dtype, f"d{name}", slack=3.0)
+    # the low-rank gradients are ours and must not depend on the threads; y and dx include the library's product
+    for a, b, name in zip(*results, ["y", *call.inputs()], strict=True):
+        if name in ("A", "B", "lam", "bias"):
+            assert torch.equal(a, b), f"d{name} depends on the number of threads"
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "expanded_grad"])
+def test_layouts(layout, device):
+    """Non-contiguous and expanded arguments give the bits of their contiguous copies."""
+    call = Sample((6, 10), 32, 24, 5, BF16, BF16, dropout=0.2, bias=True).make(device)
+
+    def bent(t: torch.Tensor) -> torch.Tensor:
+        if layout == "transposed" and t.dim() > 1:
+            return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if layout == "strided":
+            return torch.stack([t, t], dim=-1)[..., 0]
+        if layout == "expanded" and t.dim() == 3:
+            return t[:1].expand_as(t)
+        return t
+
+    def run(bend):
+        leaves = {k: t.detach().clone() for k, t in call.inputs().items()}
+        if layout == "expanded":
+            leaves["x"][:] = leaves["x"][:1]
+        leaves = {k: bend(t).detach().requires_grad_() for k, t in leaves.items()}
+        terms = {k: t for k, t in leaves.items() if k != "x"}
+        y = peftkern.adapted_linear(
+            leaves["x"], bend(call.weight), scaling=0.7, dropout_p=0.2, seed=call.seed, **terms
+        )
+        grad = torch.ones(1, 1, 1, dtype=y.dtype, device=device).expand_as(y) if bend is bent else torch.ones_like(y)
+        y.backward(grad)
+        return [y, *(t.grad for t in leaves.values())]
+
+    for a, b in zip(run(bent), run(lambda t: t), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_what_is_asked_is_computed_and_kept(device):
+    """LoRA-FA (A frozen) keeps no x; a frozen x gets no gradient; no mask is kept."""
+    call = Sample((8,), 32, 24, 4, dropout=0.5).make(device)
+    call.trainable["A"].requires_grad_(False)
+    y = call.run()
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    assert not any(t.shape == call.x.shape for t in saved)
+    y.sum().backward()
+    assert call.trainable["A"].grad is None and call.trainable["B"].grad is not None
+    call = Sample((8,), 32, 24, 4, dropout=0.5).make(device)
+    call.x.requires_grad_(False)
+    y = call.run()
+    y.sum().backward()
+    assert call.x.grad is None and call.trainable["A"].grad is not None
+
+
+def test_dropout_is_the_reference_mask(device, isa):
+    """With A = B = I and W = 0 the op returns drop(x)."""
+    for columns in (1, 7, 8, 64, 300):
+        x, eye = torch.randn(37, columns, device=device), torch.eye(columns, device=device)
+        seed = torch.tensor(-(2**61) + 12345, device=device)
+        y = peftkern.adapted_linear(x, torch.zeros_like(eye), eye, eye, dropout_p=0.3, seed=seed)
+        expected = reference.dropout(x.cpu().double(), 0.3, int(seed))
+        assert torch.equal(y.cpu() == 0, expected == 0)
+        assert_close(y, expected, F32)
+
+
+def test_dropout_statistics():
+    keep = reference.dropout_mask(512, 4096, int(0.05 * 32768 + 0.5), 7)
+    p = 1 - keep.double().mean().item()
+    assert abs(p - 0.05) < 6 * (0.05 * 0.95 / keep.numel()) ** 0.5
+    rows, columns = (1 - keep.double()).mean(1), (1 - keep.double()).mean(0)
+    assert rows.std() < 1.2 * (0.05 * 0.95 / 4096) ** 0.5 and columns.std() < 1.2 * (0.05 * 0.95 / 512) ** 0.5
+    other = reference.dropout_mask(512, 4096, int(0.05 * 32768 + 0.5), 8)
+    both = (~keep & ~other).double().mean().item()
+    assert abs(both - 0.05**2) < 6 * (0.05**2 / keep.numel()) ** 0.5
+
+
+def test_seed_follows_torch(device):
+    x, w = torch.randn(16, 32, device=device), torch.zeros(8, 32, device=device)
+    A, B = torch.randn(4, 32, device=device), torch.randn(8, 4, device=device)
+
+    def run(**kwargs):
+        return peftkern.adapted_linear(x, w, A, B, dropout_p=0.5, **kwargs)
+
+    torch.manual_seed(3)
+    first, second = run(), run()
+    torch.manual_seed(3)
+    assert torch.equal(first, run()) and not torch.equal(first, second)
+    assert torch.equal(run(training=False), peftkern.adapted_linear(x, w, A, B))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """Offsets past 2^31: an NF4 weight and an activation of 2^31 + 2^16 elements, checked at their far end."""
+    rows, columns = 2**15 + 1, 2**16
+    x = torch.zeros(rows, columns, dtype=BF16)
+    x[-1] = torch.randn(columns).to(BF16)
+    A, B = torch.randn(1, columns) / 256, torch.randn(2, 1)
+    weight = torch.zeros(2, columns, dtype=BF16)
+    y = peftkern.adapted_linear(x, weight, A, B)
+    assert_close(y[-1], (x[-1].double() @ A.double().T) @ B.double().T, BF16)
+    assert not y[:-1].any()
+    q = peftkern.quantize_nf4(x)
+    assert not q.absmax[:-1024].any()
+    assert torch.equal(q.absmax[-1024:], x[-1].reshape(1024, 64).abs().amax(1).float())
+    tail = peftkern.NF4Weight(q.packed[-1:], q.absmax[-1024:], 64, (1, columns), BF16)
+    expected = peftkern.dequantize_nf4(tail)
+    del x, y
+    assert torch.equal(peftkern.dequantize_nf4(q)[-1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 31)}, r"weight: expected shape \[24, 31\], got \[24, 32\]"),
+        ({"x": torch.zeros(4, 32, dtype=torch.float64)}, "x: expected dtype float32, bfloat16 or float16, got Double"),
+        ({"x": torch.zeros(())}, r"x: expected shape \[\.\.\., in_features\]"),
+        ({"x": torch.zeros(4, 32, dtype=torch.int64)}, "x: expected dtype float32, bfloat16 or float16, got Long"),
+        ({"weight": torch.zeros(24)}, r"weight: expected shape \[out, in\], got \[24\]"),
+        ({"A": torch.zeros(4, 31)}, r"A: expected shape \[4, 32\], got \[4, 31\]"),
+        ({"A": torch.zeros(128)}, r"A: expected shape \[r, 32\], got \[128\]"),
+        ({"A": None}, "A and B: expected both or neither"),
+        ({"B": torch.zeros(24, 5)}, r"B: expected shape \[24, 4\], got \[24, 5\]"),
+        ({"B": torch.zeros(24, 4, dtype=torch.int32)}, "B: expected dtype float32, bfloat16 or float16, got Int"),
+        ({"lam": torch.zeros(5)}, r"lam: expected shape \[4\], got \[5\]"),
+        ({"out_scale": torch.zeros(1)}, r"out_scale: expected shape \[24\], got \[1\]"),
+        ({"bias": torch.zeros(25)}, r"bias: expected shape \[24\], got \[25\]"),
+        ({"dropout_p": 1.0}, "dropout_p: expected 0 <= p < 1, got 1"),
+        ({"dropout_p": -0.1}, "dropout_p: expected 0 <= p < 1, got -0.1"),
+        ({"dropout_p": 0.1, "seed": torch.zeros(())}, "seed: expected dtype Long, got Float"),
+        ({"A": torch.zeros(4, 32, device="meta")}, "A: expected the device of x"),
+        ({"bias": torch.zeros(24, device="meta")}, "bias: expected the device of x"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else ",".join(v),
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"x": torch.zeros(4, 32), "weight": torch.zeros(24, 32), "A": torch.zeros(4, 32), "B": torch.zeros(24, 4)}
+    with pytest.raises(RuntimeError, match=message):
+        peftkern.adapted_linear(**{**arguments, **change})
+
+
+def test_bad_nf4_arguments_are_named():
+    q = peftkern.quantize_nf4(torch.randn(24, 32))
+    with pytest.raises(RuntimeError, match=r"x: expected shape \[\.\.\., 32\] for weight \[24, 32\], got \[4, 31\]"):
+        peftkern.nf4_linear(torch.zeros(4, 31), q)
+    with pytest.raises(RuntimeError, match="absmax: expected 12 values for 768 weights in blocks of 64, got 11"):
+        ops.adapted_linear(torch.zeros(4, 32), q.packed, q.absmax[:11], 64, 24, *[None] * 5, 1.0, 0.0, None, False, False)
+    with pytest.raises(RuntimeError, match="packed: expected 384 bytes for 768 weights, got 383"):
+        packed = q.packed.reshape(-1)[:383]
+        ops.adapted_linear(torch.zeros(4, 32), packed, q.absmax, 64, 24, *[None] * 5, 1.0, 0.0, None, False, False)
+    with pytest.raises(RuntimeError, match="block_size: expected a power of two from 32 to 4096, got 48"):
+        ops.adapted_linear(torch.zeros(4, 32), q.packed, q.absmax, 48, 24, *[None] * 5, 1.0, 0.0, None, False, False)
+
+
+def test_a_trainable_weight_is_refused():
+    w = torch.zeros(24, 32, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="weight: expected requires_grad=False"):
+        peftkern.adapted_linear(torch.zeros(4, 32), w)
+
+
+def test_double_backward_is_refused():
+    call = Sample((4,), 8, 8, 2).make()
+    (dx,) = torch.autograd.grad(call.run().square().sum(), call.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_autocast_casts_x_as_linear_does():
+    call = Sample((4,), 32, 24, 4, weight=NF4Config(64)).make()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call.run()
+    assert y.dtype == BF16
+    y.sum().backward()
+    assert call.x.grad.dtype == F32 and call.trainable["A"].grad.dtype == F32
