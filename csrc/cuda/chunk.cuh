@@ -14,14 +14,13 @@ __device__ __forceinline__ bool chunks_aligned(const void* base, int64_t row_byt
   return ((reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
 }
 
-// 8 elements as they are stored. Loading does no arithmetic, so a thread can go on to other work until the values
-// arrive.
+// 8 elements as they are stored. Loading does no arithmetic, so a thread does not wait for the values until it uses
+// them.
 template <class T>
 struct alignas(16) Chunk {
   T raw[kChunk];
 
-  // `valid` elements lie inside the row; it may be negative or above 8. Those outside become zero and are never
-  // touched.
+  // `valid` elements lie inside the row (negative and above 8 are fine). Those outside become 0 and are never touched.
   __device__ __forceinline__ void load(const T* source, int64_t valid, bool aligned) {
     if (aligned && valid >= kChunk) {
 #pragma unroll

@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kDownThreads) low_rank_down_kernel(LowRankDown
   const int64_t first_rank = blockIdx.x % rank_tiles * kRanks;
   const int64_t first_row = blockIdx.x / rank_tiles * kDownRows;
 
-  const int load_row = threadIdx.x / (kDownColumns / kChunk),
-            load_column = threadIdx.x % (kDownColumns / kChunk) * kChunk;
+  const int load_row = threadIdx.x / (kDownColumns / kChunk);
+  const int load_column = threadIdx.x % (kDownColumns / kChunk) * kChunk;
   const int row_group = threadIdx.x % kRowGroups, rank_group = threadIdx.x / kRowGroups % kRankGroups;
   const int slice = threadIdx.x / (kRowGroups * kRankGroups);
 

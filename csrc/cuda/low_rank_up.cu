@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kUpThreads) low_rank_up_kernel(LowRankUp args)
     if (args.z) store_chunk(static_cast<T*>(args.z) + index, valid, z_aligned, y);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      // Two roundings whatever the compiler flags, as on the CPU; the sum over the rank has the CPU's order too.
+      // Two roundings whatever the compiler flags, as on the CPU.
       if (args.out_scale) y[j] = __fmul_rn(y[j], out_scale[j]);
       if (args.bias) y[j] = __fadd_rn(y[j], bias[j]);
     }

@@ -27,8 +27,8 @@ struct Tile {
   }
 };
 
-// A thread's share, one chunk, of a tile of F on its way to shared memory: tile[r][c] = F[first_rank + r][first_column
-// + c] whatever the layout of F, zero outside of it. Threads beyond the chunks of the tile have no share.
+// A thread's share, one chunk, of a tile of F on its way to shared memory. The tile is rank-major whatever the layout
+// of F: tile[r][c] = F[first_rank + r, first_column + c], zero outside of F. Surplus threads have no share.
 template <int kRanks, int kColumns>
 struct FactorChunk {
   static constexpr int kThreads = kRanks * kColumns / kChunk;
