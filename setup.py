@@ -16,8 +16,9 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
-# Loads in torch 2.10 and later: the stable ABI of that release is all the extension uses.
-TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Loads in torch 2.11 and later: the stable ABI of that release, the first whose from_blob takes a deleter, is all the
+# extension uses.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def find_cuda() -> Path | None:

@@ -28,7 +28,7 @@ inline void check_nf4(const Tensor& packed, const Tensor& absmax, int64_t n, int
 template <class Backend>
 Tensor dequantize(const Backend& backend, const Tensor& packed, const Tensor& absmax, int64_t block_size,
                   const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor out = empty(packed, shape, dtype);
+  Tensor out = backend.empty_weight(packed, shape, dtype);
   const Tensor p = dense(packed), s = dense(absmax);
   const DequantizeNf4 args{static_cast<const uint8_t*>(p.const_data_ptr()),
                            static_cast<const float*>(s.const_data_ptr()),

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/large_buffers.h"
 
 #ifndef PEFTKERN_CUDA_ARCHS
 #define PEFTKERN_CUDA_ARCHS ""  // set by setup.py when CUDA is compiled in
@@ -18,6 +19,7 @@ namespace {
 std::string cpu_isa() { return peftkern::cpu::kernels().name; }
 std::vector<std::string> cpu_isas() { return peftkern::cpu::isa_names(); }
 void set_cpu_isa(std::string name) { peftkern::cpu::set_isa(name); }
+int64_t empty_cpu_cache() { return static_cast<int64_t>(peftkern::cpu::empty_buffer_cache()); }
 std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
 
 }  // namespace
@@ -42,6 +44,7 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
   m.def("set_cpu_isa(str name) -> ()");
+  m.def("empty_cpu_cache() -> int");
   m.def("cuda_archs() -> str");
 }
 
@@ -49,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  m.impl("empty_cpu_cache", TORCH_BOX(&empty_cpu_cache));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }
 

@@ -30,6 +30,13 @@ def set_cpu_isa(name: str) -> None:
     ops.set_cpu_isa(name)
 
 
+def empty_cpu_cache() -> int:
+    """Frees the large CPU buffers that dequantized weights leave behind for the next ones; returns their bytes.
+
+    At most 256 MiB are kept, or the last buffer if that alone is larger (csrc/cpu/large_buffers.h)."""
+    return ops.empty_cpu_cache()
+
+
 def info() -> dict[str, str]:
     """Versions, what was compiled, what this machine runs: the lines of ``peftkern info``."""
     archs = ops.cuda_archs()

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU as csrc/adapted_linear.h and csrc/nf4_ops.h see it. CudaBackend has the same members.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
 #include "../low_rank.h"
 #include "../nf4.h"
+#include "../tensors.h"
 
 namespace peftkern {
 
 class CpuBackend {
  public:
-  explicit CpuBackend(const torch::stable::Tensor&) {}
+  explicit CpuBackend(const Tensor&) {}
+
+  // An uninitialised dense weight on the device of like; large ones come from a cache (large_buffers.h).
+  Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const;
 
   void low_rank_down(const LowRankDown&) const;
   void low_rank_up(const LowRankUp&) const;

@@ -11,6 +11,7 @@
 
 #include "backend.h"
 #include "kernels.h"
+#include "large_buffers.h"
 
 namespace peftkern {
 
@@ -31,6 +32,18 @@ std::array<float, 255> dynamic_midpoints() {
 }
 
 }  // namespace
+
+Tensor CpuBackend::empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const {
+  size_t bytes = dtype == ScalarType::Float ? 4 : 2;
+  std::vector<int64_t> strides(shape.size());
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = i + 1 < shape.size() ? strides[i + 1] * shape[i + 1] : 1;
+    bytes *= static_cast<size_t>(shape[i]);
+  }
+  if (bytes < cpu::kLargeBuffer) return empty(like, shape, dtype);
+  const auto give_back = [bytes](void* data) { cpu::give_buffer(data, bytes); };
+  return torch::stable::from_blob(cpu::take_buffer(bytes), shape, strides, like.device(), dtype, give_back);
+}
 
 void CpuBackend::quantize_nf4(const QuantizeNf4& a) const {
   parallel_for(0, ceil_div(a.n, a.block_size), blocks_per_thread(a.block_size),

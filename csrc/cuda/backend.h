@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace peftkern {
@@ -28,6 +29,11 @@ class CudaBackend {
  public:
   explicit CudaBackend(const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
+
+  // An uninitialised dense weight; torch's caching allocator makes this cheap.
+  Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return empty(like, shape, dtype);
+  }
 
   void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
   void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }

@@ -380,5 +380,9 @@ def default_prompt(corpus: Corpus) -> str | list[dict[str, str]]:
     if corpus.kind == "chat":
         return document[: next(i for i, message in enumerate(document) if message["role"] == "assistant")]
     paragraphs = [paragraph.split() for paragraph in document.split("\n\n")]
-    words = next((words for words in paragraphs if len(words) >= 20), document.split())  # not a heading
-    return " ".join(words[:10])
+    return " ".join(next(filter(_is_prose, paragraphs), document.split())[:10])
+
+
+def _is_prose(words: list[str]) -> bool:
+    """Tell a paragraph from a heading, a grammar rule or code."""
+    return len(words) >= 20 and sum(word.strip(".,;:()").isalpha() for word in words) >= 0.8 * len(words)

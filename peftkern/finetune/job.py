@@ -38,6 +38,8 @@ def run(options: Options, console: Console | None = None) -> dict[str, Any]:
 def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any]:
     import transformers
 
+    import peftkern
+
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -67,11 +69,16 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
     if checkpoint is not None:
         _check_same_run(output, identity)
 
-    model = models.adapt(models.load_base(source, options.dtype, device), options)
+    model = models.load_base(source, options.dtype, device)
+    models.check_seq_len(model, options)
+    model = models.adapt(model, options)
     size = models.describe_size(model, options)
     if checkpoint is None:  # everything that can be wrong with the input was looked at: the old run may go
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     _note_run(output, identity, finished=False)
+    kernels = peftkern.explain(model.train()).splitlines()
+    for line in kernels:
+        say(line)
     collate = data.Collator(tokenizer.pad_token_id)
     prompt = _prompt(options, corpus.kind, held_out_part)
 
@@ -86,10 +93,8 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
     peak = report.peak_memory_bytes()
     after, sample_after = measure(model)
 
-    import peftkern
-
     adapter = output / "adapter"
-    peftkern.save_adapter(model, str(adapter))
+    _save_adapter(model, adapter)
     batch = collate(held_out.examples[: options.batch_size])
     expected = _logits(model, batch)
     del model
@@ -103,6 +108,7 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "settings": identity,
         "size": size,
+        "kernels": kernels,
         "documents": {"training": dataset.documents, "held_out": held_out.documents},
         "tokens": {"training": dataset.tokens, "held_out": after.tokens},
         "held_out": {
@@ -200,11 +206,23 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**inputs, use_cache=False).logits.float().cpu()
 
 
+def _save_adapter(model: Any, folder: Path) -> None:
+    import peftkern
+
+    try:
+        peftkern.save_adapter(model, folder)
+    except OSError as error:
+        raise FinetuneError(
+            f"cannot save the adapter in {str(folder)!r}: {error}; the trained state is in the last checkpoint, "
+            "so --resume finishes the run once there is room"
+        ) from error
+
+
 def _reloaded_logits(
     source: models.ModelSource, options: Options, device: torch.device, adapter: Path, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     import peftkern
 
     fresh = models.adapt(models.load_base(source, options.dtype, device), options)
-    peftkern.load_adapter(fresh, str(adapter))
+    peftkern.load_adapter(fresh, adapter)
     return _logits(fresh, batch)

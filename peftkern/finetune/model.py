@@ -8,7 +8,7 @@ import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -98,7 +98,7 @@ def load_base(source: ModelSource, dtype: str | None, device: torch.device) -> A
     quiet = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
     try:
         with quiet:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 source.location, dtype=_DTYPES[dtype], **arguments
             )
     except Exception as error:
@@ -117,14 +117,17 @@ def adapt(model: Any, options: Options) -> Any:
     torch.manual_seed(options.seed)  # the adapters' start values
     config = peftkern.LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=cast(float, options.alpha),  # Options.checked() filled it in
         lora_dropout=options.dropout,
         target_modules=options.target_names(),
     )
     quantize = None
     if options.method == "qlora":
         quantize = peftkern.NF4Config(block_size=options.block_size_nf4, double_quant=options.double_quant)
-    model = peftkern.adapt(model, config, quantize=quantize)
+    try:
+        model = peftkern.adapt(model, config, quantize=quantize)
+    except ValueError as error:  # no layer matches, or a weight that cannot be quantized
+        raise FinetuneError(f"--targets {options.targets}, --method {options.method}: {error}") from error
     for parameter in peftkern.trainable_parameters(model):
         parameter.data = parameter.data.float()  # a bf16 adapter would lose most of its small updates
     return model
@@ -142,26 +145,27 @@ def check_targets(model: Any, options: Options) -> None:
             )
 
 
-def adapted_layers(model: Any) -> list[Any]:
-    """The linear layers that carry an adapter."""
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "in_features")]
-
-
 def describe_size(model: Any, options: Options) -> dict[str, Any]:
-    """Counts of parameters and bytes, and the bits each frozen weight of the adapted layers takes."""
+    """Counts of parameters and bytes, and the bits that a frozen weight of the adapted layers takes with its scales."""
     import peftkern
 
-    footprint = dict(peftkern.memory_footprint(model))
-    weights = sum(layer.in_features * layer.out_features for layer in adapted_layers(model))
-    dense_bits = 8 * _DTYPES[options.dtype].itemsize
-    bits = footprint["quantized_bytes"] * 8 / weights if options.method == "qlora" and weights else float(dense_bits)
+    footprint = peftkern.memory_footprint(model)
+    adapted = [module for module in model.modules() if isinstance(module, peftkern.LoRALinear)]
+    dense_bits = 8.0 * _DTYPES[options.dtype].itemsize
     return {
-        "adapted_layers": len(adapted_layers(model)),
-        "adapted_weights": weights,
+        "adapted_layers": len(adapted),
+        "adapted_weights": sum(layer.in_features * layer.out_features for layer in adapted),
         "trainable_parameters": sum(parameter.numel() for parameter in peftkern.trainable_parameters(model)),
-        "base_bits_per_parameter": bits,
+        "base_bits_per_parameter": footprint["bits_per_param"] if options.method == "qlora" else dense_bits,
         "bytes": footprint,
     }
+
+
+def check_seq_len(model: Any, options: Options) -> None:
+    """The model must have positions for `--seq-len` tokens."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and options.seq_len > longest:
+        raise FinetuneError(f"--seq-len: expected at most the {longest} positions of the model, got {options.seq_len}")
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], seq_len: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from .errors import FinetuneError
 METHODS = ("lora", "qlora")
 DTYPES = ("bf16", "fp32")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-DEFAULT_STEPS = 60
+DEFAULT_STEPS = 40
 
 # A resumed run may have other values of these. For steps and epochs the resulting number of steps is compared instead.
 _MAY_CHANGE_ON_RESUME = frozenset(

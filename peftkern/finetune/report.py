@@ -35,22 +35,27 @@ def plot_loss(path: Path, report: dict[str, Any], history: list[dict[str, float]
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    before, after = report["held_out"]["before"]["loss"], report["held_out"]["after"]["loss"]
-    steps = [entry["step"] for entry in history]
+    steps, losses = [entry["step"] for entry in history], [entry["loss"] for entry in history]
+    window = max(1, len(losses) // 10)
+    means = [sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, [entry["loss"] for entry in history], color=_TRAIN, linewidth=1.2, label="training, each step")
-    ends = [0, report["training"]["steps"]]
-    axes.plot(ends, [before, after], "o--", color=_HELD_OUT, label="held out, before and after")
-    for x, loss, side in zip(ends, (before, after), ("left", "right"), strict=True):
-        offset = (6 if side == "left" else -6, 8)
-        axes.annotate(f"{loss:.3f}", (x, loss), xytext=offset, textcoords="offset points", color=_HELD_OUT, ha=side)
+    axes.plot(steps, losses, color=_TRAIN, linewidth=0.8, alpha=0.5, label="training, each step")
+    axes.plot(steps, means, color=_TRAIN, linewidth=2, label=f"training, mean of the last {window} steps")
+    for name, step, side in (("before", 0, "left"), ("after", report["training"]["steps"], "right")):
+        loss = report["held_out"][name]["loss"]
+        label = "held out, before and after" if name == "before" else None
+        axes.plot([step], [loss], "o", color=_HELD_OUT, markersize=8, zorder=3, label=label)
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), xytext=(0, 9), textcoords="offset points", color=_HELD_OUT, ha=side, zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+        )  # fmt: skip
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(
         f"{report['model']}, {report['settings']['method']}, on {Path(report['data']).name}", color=_FOREGROUND
     )
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.margins(y=0.12)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.03, y=0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -132,8 +132,11 @@ class _LogCallback(TrainerCallback):
                     f"the loss became {logs['loss']} at step {state.global_step}; "
                     f"try a smaller --lr than {args.learning_rate}"
                 )
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
+            except OSError as error:
+                raise FinetuneError(f"cannot write {str(self.path)!r}: {error.strerror or error}") from error
 
 
 def loss_history(state: TrainerState) -> list[dict[str, float]]:
@@ -227,12 +230,12 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         import peftkern
 
-        peftkern.save_adapter(self.model, output_dir or self.args.output_dir)
+        peftkern.save_adapter(cast(torch.nn.Module, self.model), output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         import peftkern
 
-        peftkern.load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        peftkern.load_adapter(cast(torch.nn.Module, self.model if model is None else model), resume_from_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The Trainer writes into its output_dir, a scratch folder here; the whole checkpoint then moves out of it.

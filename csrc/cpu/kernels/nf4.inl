@@ -30,7 +30,7 @@ void quantize_blocks(const QuantizeNf4& a, int64_t block0, int64_t block1) {
   }
 }
 
-template <class T>
+template <class T, bool kStream>
 void dequantize_blocks(const DequantizeNf4& a, int64_t block0, int64_t block1) {
   T* out = static_cast<T*>(a.out);
   for (int64_t block = block0; block < block1; ++block) {
@@ -39,7 +39,7 @@ void dequantize_blocks(const DequantizeNf4& a, int64_t block0, int64_t block1) {
     const uint8_t* packed = a.packed + begin / 2;
     const NibbleTable<T> table(a.absmax[block]);
     int64_t i = 0;
-    for (; i + table.kElements <= n; i += table.kElements) table.emit(packed + i / 2, out + begin + i);
+    for (; i + table.kElements <= n; i += table.kElements) table.template emit<kStream>(packed + i / 2, out + begin + i);
     for (; i < n; ++i) {
       const uint32_t code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
       out[begin + i] = from_float<T>(kNf4Codes[code] * a.absmax[block]);
@@ -52,5 +52,14 @@ void quantize_nf4(const QuantizeNf4& a, int64_t block0, int64_t block1) {
 }
 
 void dequantize_nf4(const DequantizeNf4& a, int64_t block0, int64_t block1) {
-  dispatch(a.out_dtype, [&](auto tag) { dequantize_blocks<decltype(tag)>(a, block0, block1); });
+  const bool aligned = reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  dispatch(a.out_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (aligned && a.n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
+      dequantize_blocks<T, true>(a, block0, block1);
+      fence();
+    } else {
+      dequantize_blocks<T, false>(a, block0, block1);
+    }
+  });
 }

@@ -122,6 +122,12 @@ inline void quantize_group(const T* w, float inverse, uint8_t* packed) {
   for (int i = 0; i < 4; ++i) packed[i] = static_cast<uint8_t>(lanes[i]);
 }
 
+// kStream: past the caches, for outputs too large to be found there again; p is aligned to 32 bytes then.
+template <bool kStream>
+inline void store_bits(void* p, __m256i v) {
+  kStream ? _mm256_stream_si256(static_cast<__m256i*>(p), v) : _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+}
+
 // 16-bit outputs: two byte tables, one pshufb each. fp32: two 8-entry tables and a blend on the code's top bit.
 template <class T>
 struct NibbleTable {
@@ -138,13 +144,13 @@ struct NibbleTable {
     high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
   }
 
+  template <bool kStream>
   void emit(const uint8_t* packed, T* out) const {
     const __m128i byte = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)), nibble = _mm_set1_epi8(15);
     const __m128i code =
         _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(byte, 4), nibble), _mm_and_si128(byte, nibble));
     const __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi8(l, h));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm_unpackhi_epi8(l, h));
+    store_bits<kStream>(out, _mm256_set_m128i(_mm_unpackhi_epi8(l, h), _mm_unpacklo_epi8(l, h)));
   }
 };
 
@@ -156,6 +162,7 @@ struct NibbleTable<float> {
   explicit NibbleTable(float absmax)
       : low(mul(load(kNf4Codes), set1(absmax)).v), high(mul(load(kNf4Codes + 8), set1(absmax)).v) {}
 
+  template <bool kStream>
   void emit(const uint8_t* packed, float* out) const {
     int32_t four;
     std::memcpy(&four, packed, 4);
@@ -163,6 +170,9 @@ struct NibbleTable<float> {
     const __m256i code = _mm256_or_si256(_mm256_srli_epi64(byte, 4),
                                          _mm256_slli_epi64(_mm256_and_si256(byte, nibble), 32));
     const __m256 l = _mm256_permutevar8x32_ps(low, code), h = _mm256_permutevar8x32_ps(high, code);
-    _mm256_storeu_ps(out, _mm256_blendv_ps(l, h, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
+    const __m256 chosen = _mm256_blendv_ps(l, h, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    store_bits<kStream>(out, _mm256_castps_si256(chosen));
   }
 };
+
+inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them

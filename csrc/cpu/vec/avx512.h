@@ -91,21 +91,49 @@ struct MaxMagnitude {
   float result() const { return bits_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(top))); }
 };
 
-// Binary search in the 15 thresholds, held in one register.
+// [-1, 1] in 32 equal bins: narrower than any two thresholds are apart, so a bin holds one or none, and a code is the
+// bin's first code plus one comparison. No threshold is near a bin's edge, so rounding into the next bin changes nothing.
+struct CodeBins {
+  float threshold[32];  // of the bin; 2 if it has none
+  int32_t code[32];     // at the lower edge of the bin
+};
+
+constexpr CodeBins make_code_bins() {
+  CodeBins bins{};
+  for (int bin = 0; bin < 32; ++bin) {
+    bins.threshold[bin] = 2.0f;
+    const float low = static_cast<float>(bin) / 16.0f - 1.0f, high = low + 1.0f / 16.0f;
+    for (float t : kNf4Thresholds) {
+      if (t < low) ++bins.code[bin];
+      if (t >= low && t < high) bins.threshold[bin] = t;
+    }
+  }
+  return bins;
+}
+
+constexpr CodeBins kCodeBins = make_code_bins();
+
 constexpr int kQuantizeElements = 16;
 template <class T>
 inline void quantize_group(const T* w, float inverse, uint8_t* packed) {
   const __m512 scaled = mul(load(w), set1(inverse)).v;
-  const __m512 threshold = _mm512_maskz_loadu_ps(0x7fff, kNf4Thresholds);
-  __m512i code = _mm512_setzero_si512();
-  for (int step = 8; step > 0; step /= 2) {
-    const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(code, _mm512_set1_epi32(step - 1)), threshold);
-    const __mmask16 above = _mm512_cmp_ps_mask(scaled, middle, _CMP_GT_OQ);
-    code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
-  }
+  const __m512i exact = _mm512_cvttps_epi32(_mm512_fmadd_ps(scaled, _mm512_set1_ps(16.0f), _mm512_set1_ps(16.0f)));
+  const __m512i bin = _mm512_min_epi32(exact, _mm512_set1_epi32(31));
+  const __m512 threshold = _mm512_permutex2var_ps(_mm512_loadu_ps(kCodeBins.threshold), bin,
+                                                  _mm512_loadu_ps(kCodeBins.threshold + 16));
+  const __m512i first = _mm512_permutex2var_epi32(_mm512_loadu_si512(kCodeBins.code), bin,
+                                                  _mm512_loadu_si512(kCodeBins.code + 16));
+  const __mmask16 above = _mm512_cmp_ps_mask(scaled, threshold, _CMP_GT_OQ);
+  const __m512i code = _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
   // lanes (even, odd) of a 64-bit pair become even << 4 | odd in the pair's lowest byte
   const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pair));
+}
+
+// kStream: past the caches, for outputs too large to be found there again; p is aligned to 64 bytes then.
+template <bool kStream>
+inline void store_bits(void* p, __m512i v) {
+  kStream ? _mm512_stream_si512(static_cast<__m512i*>(p), v) : _mm512_storeu_si512(p, v);
 }
 
 // 16-bit outputs: vpermw looks 32 codes up in one instruction. fp32: vpermps, 16 at a time.
@@ -120,11 +148,12 @@ struct NibbleTable {
     value = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
   }
 
+  template <bool kStream>
   void emit(const uint8_t* packed, T* out) const {
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     const __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
     const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(code, value));
+    store_bits<kStream>(out, _mm512_permutexvar_epi16(code, value));
   }
 };
 
@@ -135,10 +164,13 @@ struct NibbleTable<float> {
 
   explicit NibbleTable(float absmax) : value(mul(load(kNf4Codes), set1(absmax)).v) {}
 
+  template <bool kStream>
   void emit(const uint8_t* packed, float* out) const {
     const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
     const __m512i low = _mm512_slli_epi64(_mm512_and_si512(byte, _mm512_set1_epi64(15)), 32);
     const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), low);
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(code, value));
+    store_bits<kStream>(out, _mm512_castps_si512(_mm512_permutexvar_ps(code, value)));
   }
 };
+
+inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them

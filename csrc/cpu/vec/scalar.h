@@ -64,8 +64,11 @@ struct NibbleTable {
   explicit NibbleTable(float absmax) {
     for (int c = 0; c < 16; ++c) value[c] = from_float<T>(kNf4Codes[c] * absmax);
   }
+  template <bool kStream>  // true: the output is aligned and too large to be found in a cache again
   void emit(const uint8_t* packed, T* out) const {
     out[0] = value[*packed >> 4];
     out[1] = value[*packed & 15];
   }
 };
+
+inline void fence() {}  // after streaming stores
