@@ -21,7 +21,7 @@ enum Needs : int64_t { kNeedsX = 1, kNeedsA = 2, kNeedsB = 4, kNeedsLam = 8, kNe
 
 // The arguments both directions share, and the one C++ copy of their contract.
 struct Terms {
-  Tensor weight;  // [out, in], or NF4: packed [ceil(out * in / 2)] uint8 with
+  Tensor weight;          // [out, in], or NF4: packed [ceil(out * in / 2)] uint8 with
   OptionalTensor absmax;  // [ceil(out * in / block_size)] float32
   int64_t block_size, in, out, rank = 0;
   OptionalTensor A, B, lam, out_scale;  // [rank, in], [out, rank], [rank], [out]
@@ -136,16 +136,32 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
       const Tensor a_dense = dense(*t.A);
       b_dense = dense(*t.B);
       if (!save_h) u = empty(x, {rows, t.rank}, ScalarType::Float);
-      backend.low_rank_down({input.const_data_ptr(), x_dtype, rows, t.in, t.rank, factor(a_dense, true, "A"), 1.0f,
-                             t.dropout, floats(u)});
+      backend.low_rank_down({.x = input.const_data_ptr(),
+                             .x_dtype = x_dtype,
+                             .rows = rows,
+                             .columns = t.in,
+                             .rank = t.rank,
+                             .factor = factor(a_dense, true, "A"),
+                             .alpha = 1.0f,
+                             .dropout = t.dropout,
+                             .out = floats(u)});
       if (lam) u = times(u, *float_vector(lam));
     }
     const OptionalTensor scale = float_vector(out_scale);
     const OptionalTensor late = late_bias ? float_vector(bias) : std::nullopt;
     const Factor b_factor = b_dense ? factor(*b_dense, false, "B") : Factor{nullptr, DType::f32, false};
-    backend.low_rank_up({t.rank ? const_floats(u) : nullptr, rows, t.out, t.rank, b_factor,
-                         static_cast<float>(scaling), {}, const_floats(scale), const_floats(late),
-                         save_z ? z.mutable_data_ptr() : nullptr, y.mutable_data_ptr(), x_dtype});
+    backend.low_rank_up({.u = t.rank ? const_floats(u) : nullptr,
+                         .rows = rows,
+                         .columns = t.out,
+                         .rank = t.rank,
+                         .factor = b_factor,
+                         .alpha = static_cast<float>(scaling),
+                         .dropout = {},
+                         .out_scale = const_floats(scale),
+                         .bias = const_floats(late),
+                         .z = save_z ? z.mutable_data_ptr() : nullptr,
+                         .y = y.mutable_data_ptr(),
+                         .y_dtype = x_dtype});
   }
   return {torch::stable::view(y, shape), h, z};
 }
@@ -154,10 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
 // x is read only for dA, h for dB and dlam, z for dout_scale.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
-    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax,
-    int64_t block_size, int64_t in_features, const OptionalTensor& h, const OptionalTensor& z,
-    const OptionalTensor& A, const OptionalTensor& B, const OptionalTensor& lam, const OptionalTensor& out_scale,
-    double scaling, double dropout_p, const OptionalTensor& seed, int64_t needs) {
+    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax, int64_t block_size,
+    int64_t in_features, const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A,
+    const OptionalTensor& B, const OptionalTensor& lam, const OptionalTensor& out_scale, double scaling,
+    double dropout_p, const OptionalTensor& seed, int64_t needs) {
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
   Terms t{weight, absmax, block_size, in_features, grad.size(grad.dim() - 1), 0, A, B, lam, out_scale, scaling, {}};
@@ -177,8 +193,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   const auto type_of = [&](const OptionalTensor& like) { return like ? like->scalar_type() : ScalarType::Float; };
   const auto column_sums = [&](const Tensor& values, const OptionalTensor& factors, int64_t columns) {
     Tensor sums = empty(grad, {columns}, ScalarType::Float);
-    backend.column_sums({values.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr,
-                         dtype_of(values, "grad"), rows, columns, floats(sums)});
+    backend.column_sums({.g = values.const_data_ptr(),
+                         .z = factors ? factors->const_data_ptr() : nullptr,
+                         .g_dtype = dtype_of(values, "grad"),
+                         .rows = rows,
+                         .columns = columns,
+                         .out = floats(sums)});
     return sums;
   };
 
@@ -206,8 +226,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   }
   if ((needs & kNeedsB) && dB.numel()) {
     const Tensor u = lam ? times(*h, *float_vector(lam)) : dense(*h);
-    backend.low_rank_grad({const_floats(u), q.const_data_ptr(), grad_dtype, rows, t.out, t.rank, s, {},
-                           dB.mutable_data_ptr(), dtype_of(dB, "B"), false});
+    backend.low_rank_grad({.u = const_floats(u),
+                           .x = q.const_data_ptr(),
+                           .x_dtype = grad_dtype,
+                           .rows = rows,
+                           .columns = t.out,
+                           .rank = t.rank,
+                           .alpha = s,
+                           .dropout = {},
+                           .grad = dB.mutable_data_ptr(),
+                           .grad_dtype = dtype_of(dB, "B"),
+                           .rank_major = false});
   }
 
   OptionalTensor dh;
@@ -215,24 +244,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     Tensor du = empty(grad, {rows, t.rank}, ScalarType::Float);
     const Tensor b_dense = dense(*B);
     if (rows) {
-      backend.low_rank_down({q.const_data_ptr(), grad_dtype, rows, t.out, t.rank, factor(b_dense, false, "B"), s, {},
-                             floats(du)});
+      backend.low_rank_down({.x = q.const_data_ptr(),
+                             .x_dtype = grad_dtype,
+                             .rows = rows,
+                             .columns = t.out,
+                             .rank = t.rank,
+                             .factor = factor(b_dense, false, "B"),
+                             .alpha = s,
+                             .dropout = {},
+                             .out = floats(du)});
     }
     if (needs & kNeedsLam) dlam = to_dtype(column_sums(du, dense(*h), t.rank), lam->scalar_type());
     dh = lam ? times(du, *float_vector(lam)) : du;
   }
   if ((needs & kNeedsA) && dA.numel()) {
     PEFTKERN_CHECK(x.has_value(), "x: expected it for the gradient of A");
+    PEFTKERN_CHECK(x->numel() == rows * t.in, "x: expected ", rows * t.in, " elements, got ", x->numel());
+    check_dtype(*x, dtype, "x");
     const Tensor input = dense(torch::stable::reshape(*x, std::vector<int64_t>{rows, t.in}));
-    backend.low_rank_grad({const_floats(*dh), input.const_data_ptr(), dtype_of(input, "x"), rows, t.in, t.rank, 1.0f,
-                           t.dropout, dA.mutable_data_ptr(), dtype_of(dA, "A"), true});
+    backend.low_rank_grad({.u = const_floats(*dh),
+                           .x = input.const_data_ptr(),
+                           .x_dtype = dtype_of(input, "x"),
+                           .rows = rows,
+                           .columns = t.in,
+                           .rank = t.rank,
+                           .alpha = 1.0f,
+                           .dropout = t.dropout,
+                           .grad = dA.mutable_data_ptr(),
+                           .grad_dtype = dtype_of(dA, "A"),
+                           .rank_major = true});
   }
   if (needs & kNeedsX) {
     dx = product(q, t.dense_weight(backend, dtype));
     if (dh && rows) {
       const Tensor a_dense = dense(*A);
-      backend.low_rank_up({const_floats(*dh), rows, t.in, t.rank, factor(a_dense, true, "A"), 1.0f, t.dropout, nullptr,
-                           nullptr, nullptr, dx.mutable_data_ptr(), grad_dtype});
+      backend.low_rank_up({.u = const_floats(*dh),
+                           .rows = rows,
+                           .columns = t.in,
+                           .rank = t.rank,
+                           .factor = factor(a_dense, true, "A"),
+                           .alpha = 1.0f,
+                           .dropout = t.dropout,
+                           .out_scale = nullptr,
+                           .bias = nullptr,
+                           .z = nullptr,
+                           .y = dx.mutable_data_ptr(),
+                           .y_dtype = grad_dtype});
     }
     dx = torch::stable::view(dx, shape);
   }

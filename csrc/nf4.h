@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E), in bitsandbytes'
-// storage layout. This file is the only home of its numbers; both backends include it, torch-free.
+// NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E), in
+// bitsandbytes' storage layout. This file is the only home of its numbers; both backends include it, torch-free.
 //
 //   blocks      block_size consecutive elements of the flattened, row-major tensor (the last one may be shorter)
 //   absmax      fp32 max |w| of each block
-//   code        number of thresholds below the scaled value, so a tie goes to the lower code. Scaled is w * (1 / absmax),
-//               but w / absmax in a shorter last block: bitsandbytes' CPU path does so, and the codes are equal to its.
+//   code        number of thresholds below the scaled value, so a tie goes to the lower code
+//   scaled      w * (1 / absmax), but w / absmax in a shorter last block, as in bitsandbytes' CPU path: equal codes
 //   packed      two codes a byte, the even flat element in the high nibble; an odd tail is padded with code 7 (zero)
 //   dequantize  fp32 kNf4Codes[code] * absmax, rounded once to the output dtype
 //
@@ -22,6 +22,7 @@ constexpr int64_t kNestedBlockSize = 256;
 inline bool valid_block_size(int64_t b) { return b >= kMinBlockSize && b <= kMaxBlockSize && (b & (b - 1)) == 0; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// clang-format off
 // Lists as macros, so that one copy serves a host array and a CUDA __constant__ array.
 #define PEFTKERN_NF4_CODES \
   -1.0f, -0.696192801f, -0.525073051f, -0.394917488f, -0.284441382f, -0.18477343f, -0.0910500363f, 0.0f, \
@@ -65,6 +66,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   0.68359375f, 0.697656274f, 0.711718798f, 0.725781262f, 0.739843726f, 0.75390625f, 0.767968774f, 0.782031238f, \
   0.796093762f, 0.810156226f, 0.82421875f, 0.838281274f, 0.852343738f, 0.866406262f, 0.880468726f, 0.89453125f, \
   0.908593774f, 0.922656238f, 0.936718762f, 0.950781226f, 0.96484375f, 0.978906274f, 0.992968738f, 1.0f
+// clang-format on
 
 constexpr float kNf4Codes[16] = {PEFTKERN_NF4_CODES};
 constexpr float kNf4Thresholds[15] = {PEFTKERN_NF4_THRESHOLDS};

@@ -30,12 +30,12 @@ Tensor dequantize(const Backend& backend, const Tensor& packed, const Tensor& ab
                   const std::vector<int64_t>& shape, ScalarType dtype) {
   Tensor out = backend.empty_weight(packed, shape, dtype);
   const Tensor p = dense(packed), s = dense(absmax);
-  const DequantizeNf4 args{static_cast<const uint8_t*>(p.const_data_ptr()),
-                           static_cast<const float*>(s.const_data_ptr()),
-                           out.numel(),
-                           block_size,
-                           out.mutable_data_ptr(),
-                           dtype_of(out, "dtype")};
+  const DequantizeNf4 args{.packed = static_cast<const uint8_t*>(p.const_data_ptr()),
+                           .absmax = static_cast<const float*>(s.const_data_ptr()),
+                           .n = out.numel(),
+                           .block_size = block_size,
+                           .out = out.mutable_data_ptr(),
+                           .out_dtype = dtype_of(out, "dtype")};
   if (args.n) backend.dequantize_nf4(args);
   return out;
 }
@@ -49,12 +49,12 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size) {
   const int64_t n = source.numel();
   Tensor packed = empty(w, {ceil_div(n, 2)}, ScalarType::Byte);
   Tensor absmax = empty(w, {ceil_div(n, block_size)}, ScalarType::Float);
-  const QuantizeNf4 args{source.const_data_ptr(),
-                         dtype,
-                         n,
-                         block_size,
-                         static_cast<uint8_t*>(packed.mutable_data_ptr()),
-                         static_cast<float*>(absmax.mutable_data_ptr())};
+  const QuantizeNf4 args{.w = source.const_data_ptr(),
+                         .w_dtype = dtype,
+                         .n = n,
+                         .block_size = block_size,
+                         .packed = static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                         .absmax = static_cast<float*>(absmax.mutable_data_ptr())};
   if (n) Backend(w).quantize_nf4(args);
   return {packed, absmax};
 }
@@ -80,10 +80,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   Tensor codes = empty(absmax, {n}, ScalarType::Byte);
   Tensor nested = empty(absmax, {ceil_div(n, kNestedBlockSize)}, ScalarType::Float);
   Tensor offset = empty(absmax, {}, ScalarType::Float);
-  const QuantizeAbsmax args{static_cast<const float*>(source.const_data_ptr()), n,
-                            static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                            static_cast<float*>(nested.mutable_data_ptr()),
-                            static_cast<float*>(offset.mutable_data_ptr())};
+  const QuantizeAbsmax args{.absmax = static_cast<const float*>(source.const_data_ptr()),
+                            .n = n,
+                            .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                            .nested_absmax = static_cast<float*>(nested.mutable_data_ptr()),
+                            .offset = static_cast<float*>(offset.mutable_data_ptr())};
   Backend(absmax).quantize_absmax(args);
   return {codes, nested, offset};
 }
@@ -101,10 +102,11 @@ Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const
   PEFTKERN_CHECK(offset.numel() == 1, "offset: expected 1 value, got ", offset.numel());
   const Tensor c = dense(codes), s = dense(nested_absmax);
   Tensor absmax = empty(codes, {n}, ScalarType::Float);
-  const DequantizeAbsmax args{static_cast<const uint8_t*>(c.const_data_ptr()),
-                              static_cast<const float*>(s.const_data_ptr()),
-                              static_cast<const float*>(offset.const_data_ptr()), n,
-                              static_cast<float*>(absmax.mutable_data_ptr())};
+  const DequantizeAbsmax args{.codes = static_cast<const uint8_t*>(c.const_data_ptr()),
+                              .nested_absmax = static_cast<const float*>(s.const_data_ptr()),
+                              .offset = static_cast<const float*>(offset.const_data_ptr()),
+                              .n = n,
+                              .absmax = static_cast<float*>(absmax.mutable_data_ptr())};
   if (n) Backend(codes).dequantize_absmax(args);
   return absmax;
 }

@@ -26,9 +26,8 @@ template <class F>
 void split(int64_t n, int64_t unit, double work_per_element, const F& f) {
   const double units = kWorkPerThread / (work_per_element * static_cast<double>(unit) + 1.0);
   const int64_t grain = units < 1.0 ? 1 : static_cast<int64_t>(units);
-  parallel_for(0, ceil_div(n, unit), grain, [&](int64_t begin, int64_t end) {
-    f(begin * unit, end * unit < n ? end * unit : n);
-  });
+  parallel_for(0, ceil_div(n, unit), grain,
+               [&](int64_t begin, int64_t end) { f(begin * unit, end * unit < n ? end * unit : n); });
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }

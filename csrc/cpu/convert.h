@@ -26,8 +26,8 @@ inline float to_float(bf16_t x) { return bits_float(static_cast<uint32_t>(x.bits
 inline float to_float(f16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  if (magnitude >= 0x0400) return bits_float(sign | ((magnitude << 13) + (112u << 23)));     // normal
-  return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-24f));           // subnormal
+  if (magnitude >= 0x0400) return bits_float(sign | ((magnitude << 13) + (112u << 23)));      // normal
+  return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-24f));             // subnormal
 }
 
 template <class T>

@@ -33,7 +33,8 @@ bool has_avx512() {
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-const Isa kIsas[] = {  // best first
+const Isa kIsas[] = {
+    // best first
 #ifdef __x86_64__
     {has_avx512bf16, avx512bf16_kernels},
     {has_avx512, avx512_kernels},

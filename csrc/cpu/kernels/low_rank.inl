@@ -46,7 +46,8 @@ inline void load_tile(const T* x, int64_t ld, int64_t row, int64_t rows, int64_t
   }
 }
 
-// ---- down: out = alpha * drop(x) F^T ---------------------------------------------------------------------------------
+// ---- down: out = alpha * drop(x) F^T
+// ---------------------------------------------------------------------------------
 
 int64_t padded_rank(int64_t rank) { return round_up(rank, kWidth); }
 
@@ -185,7 +186,8 @@ void up_rows(const LowRankUp& a, const float* packed, int64_t ld, int64_t row0, 
         for (int i = 0; i < rows; ++i)
           for (int v = 0; v < kTileVectors; ++v) {
             const int64_t at = column + v * kWidth;
-            if (at < span_end) up_store<T>(a, row + i, at, sum[i][v], a.dropout.threshold ? lane_bits(bits[i], at - span) : 0);
+            if (at < span_end)
+              up_store<T>(a, row + i, at, sum[i][v], a.dropout.threshold ? lane_bits(bits[i], at - span) : 0);
           }
       }
     }
@@ -196,7 +198,8 @@ void low_rank_up(const LowRankUp& a, const float* packed, int64_t ld, int64_t ro
   dispatch(a.y_dtype, [&](auto tag) { up_rows<decltype(tag)>(a, packed, ld, row0, row1); });
 }
 
-// ---- grad: alpha * u^T drop(x) ---------------------------------------------------------------------------------------
+// ---- grad: alpha * u^T drop(x)
+// ---------------------------------------------------------------------------------------
 
 // sums[j][..] += u[0:rows][j] tile[0:rows][..] for kTileRows ranks and kTileVectors vectors of columns
 inline void grad_tile(const float* tile, int64_t rows, const float* u, int64_t u_ld, const int64_t* rank, float* sums) {
@@ -248,7 +251,8 @@ void low_rank_grad(const LowRankGrad& a, float* scratch, int64_t column0, int64_
   });
 }
 
-// ---- column sums: out[c] = sum over rows of g[., c] * z[., c] --------------------------------------------------------
+// ---- column sums: out[c] = sum over rows of g[., c] * z[., c]
+// --------------------------------------------------------
 
 template <class T>
 void sum_columns(const ColumnSums& a, int64_t column0, int64_t column1) {

@@ -4,7 +4,8 @@
 
 inline bool both_bf16(const LowRankDown& a) { return a.x_dtype == DType::bf16 && a.factor.dtype == DType::bf16; }
 
-// packed: [ceil(columns / 2), padded_rank, 2] bf16, so that a lane holds the two columns of one rank; half of the buffer.
+// packed: [ceil(columns / 2), padded_rank, 2] bf16, so that a lane holds the two columns of one rank; half of the
+// buffer.
 void pack_down_bf16(const LowRankDown& a, float* packed, int64_t column0, int64_t column1) {
   if (!both_bf16(a)) return pack_down(a, packed, column0, column1);
   const bf16_t* factor = static_cast<const bf16_t*>(a.factor.data);
@@ -21,8 +22,7 @@ void pack_down_bf16(const LowRankDown& a, float* packed, int64_t column0, int64_
   }
 }
 
-inline void load_pairs(const LowRankDown& a, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                       bf16_t* tile) {
+inline void load_pairs(const LowRankDown& a, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16_t* tile) {
   uint8_t bits[kDepth / 8 + kKeepPad];
   for (int64_t i = 0; i < rows; ++i) {
     const bf16_t* source = static_cast<const bf16_t*>(a.x) + (row + i) * a.columns + column;

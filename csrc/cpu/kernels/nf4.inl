@@ -39,7 +39,8 @@ void dequantize_blocks(const DequantizeNf4& a, int64_t block0, int64_t block1) {
     const uint8_t* packed = a.packed + begin / 2;
     const NibbleTable<T> table(a.absmax[block]);
     int64_t i = 0;
-    for (; i + table.kElements <= n; i += table.kElements) table.template emit<kStream>(packed + i / 2, out + begin + i);
+    for (; i + table.kElements <= n; i += table.kElements)
+      table.template emit<kStream>(packed + i / 2, out + begin + i);
     for (; i < n; ++i) {
       const uint32_t code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
       out[begin + i] = from_float<T>(kNf4Codes[code] * a.absmax[block]);

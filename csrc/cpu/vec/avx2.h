@@ -54,7 +54,7 @@ inline void store_first(T* p, int64_t n, F32 a) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// High 32 bits of the 8 products a * m: even and odd lanes apart, since AVX2 multiplies 32 x 32 -> 64 on even lanes only.
+// High and low 32 bits of the 8 products a * m: AVX2 multiplies 32 x 32 -> 64 bits on even lanes only.
 inline void multiply(__m256i a, uint32_t m, __m256i& high, __m256i& low) {
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
   const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
@@ -147,8 +147,7 @@ struct NibbleTable {
   template <bool kStream>
   void emit(const uint8_t* packed, T* out) const {
     const __m128i byte = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)), nibble = _mm_set1_epi8(15);
-    const __m128i code =
-        _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(byte, 4), nibble), _mm_and_si128(byte, nibble));
+    const __m128i code = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(byte, 4), nibble), _mm_and_si128(byte, nibble));
     const __m128i l = _mm_shuffle_epi8(low, code), h = _mm_shuffle_epi8(high, code);
     store_bits<kStream>(out, _mm256_set_m128i(_mm_unpackhi_epi8(l, h), _mm_unpacklo_epi8(l, h)));
   }
@@ -167,8 +166,8 @@ struct NibbleTable<float> {
     int32_t four;
     std::memcpy(&four, packed, 4);
     const __m256i byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), nibble = _mm256_set1_epi64x(15);
-    const __m256i code = _mm256_or_si256(_mm256_srli_epi64(byte, 4),
-                                         _mm256_slli_epi64(_mm256_and_si256(byte, nibble), 32));
+    const __m256i code =
+        _mm256_or_si256(_mm256_srli_epi64(byte, 4), _mm256_slli_epi64(_mm256_and_si256(byte, nibble), 32));
     const __m256 l = _mm256_permutevar8x32_ps(low, code), h = _mm256_permutevar8x32_ps(high, code);
     const __m256 chosen = _mm256_blendv_ps(l, h, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
     store_bits<kStream>(out, _mm256_castps_si256(chosen));

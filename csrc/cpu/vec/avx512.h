@@ -16,9 +16,7 @@ inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 keep(F32 a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
 
-inline F32 from_bf16(__m256i h) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
-}
+inline F32 from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 inline __m256i to_bf16(F32 a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -31,9 +29,7 @@ inline __m256i to_f16(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST
 
 inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline F32 load(const bf16_t* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline F32 load(const f16_t* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline F32 load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16_t* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 inline void store(f16_t* p, F32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
@@ -92,7 +88,7 @@ struct MaxMagnitude {
 };
 
 // [-1, 1] in 32 equal bins: narrower than any two thresholds are apart, so a bin holds one or none, and a code is the
-// bin's first code plus one comparison. No threshold is near a bin's edge, so rounding into the next bin changes nothing.
+// bin's first code plus one comparison. No threshold is near an edge, so rounding into the next bin changes nothing.
 struct CodeBins {
   float threshold[32];  // of the bin; 2 if it has none
   int32_t code[32];     // at the lower edge of the bin
@@ -119,10 +115,10 @@ inline void quantize_group(const T* w, float inverse, uint8_t* packed) {
   const __m512 scaled = mul(load(w), set1(inverse)).v;
   const __m512i exact = _mm512_cvttps_epi32(_mm512_fmadd_ps(scaled, _mm512_set1_ps(16.0f), _mm512_set1_ps(16.0f)));
   const __m512i bin = _mm512_min_epi32(exact, _mm512_set1_epi32(31));
-  const __m512 threshold = _mm512_permutex2var_ps(_mm512_loadu_ps(kCodeBins.threshold), bin,
-                                                  _mm512_loadu_ps(kCodeBins.threshold + 16));
-  const __m512i first = _mm512_permutex2var_epi32(_mm512_loadu_si512(kCodeBins.code), bin,
-                                                  _mm512_loadu_si512(kCodeBins.code + 16));
+  const __m512 threshold =
+      _mm512_permutex2var_ps(_mm512_loadu_ps(kCodeBins.threshold), bin, _mm512_loadu_ps(kCodeBins.threshold + 16));
+  const __m512i first =
+      _mm512_permutex2var_epi32(_mm512_loadu_si512(kCodeBins.code), bin, _mm512_loadu_si512(kCodeBins.code + 16));
   const __mmask16 above = _mm512_cmp_ps_mask(scaled, threshold, _CMP_GT_OQ);
   const __m512i code = _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
   // lanes (even, odd) of a 64-bit pair become even << 4 | odd in the pair's lowest byte

@@ -2,9 +2,9 @@
 // The vector vocabulary of kernels/*.inl, one lane wide: the plain meaning of every function in avx2.h and avx512.h.
 // Included inside the ISA's namespace.
 
-constexpr int kWidth = 1;       // fp32 lanes of F32
-constexpr int kTileRows = 4;    // rows of a register tile
-constexpr int kTileVectors = 2; // vectors of a register tile, along columns or ranks
+constexpr int kWidth = 1;        // fp32 lanes of F32
+constexpr int kTileRows = 4;     // rows of a register tile
+constexpr int kTileVectors = 2;  // vectors of a register tile, along columns or ranks
 
 struct F32 {
   float v;
@@ -14,7 +14,7 @@ inline F32 zero() { return {0.0f}; }
 inline F32 set1(float x) { return {x}; }
 inline F32 add(F32 a, F32 b) { return {a.v + b.v}; }
 inline F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
-inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }  // a * b + c
+inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }          // a * b + c
 inline F32 keep(F32 a, uint32_t bits) { return {bits & 1 ? a.v : 0.0f}; }  // zero the lanes whose bit is 0
 
 template <class T>
