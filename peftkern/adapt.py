@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     targets = find_targets(model, config)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     replacements: dict[int, nn.Module] = {}
-    try:
-        for name, linear in targets.items():
+    for name, linear in targets.items():
+        try:
             replacements[id(linear)] = LoRALinear.from_linear(
                 linear,
                 r=config.rank_of(name),
@@ -43,36 +43,48 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
             ).train(linear.training)
-    except Exception:
-        for p, requires_grad in trained:
-            p.requires_grad_(requires_grad)
-        raise
+        except Exception as error:
+            for p, requires_grad in trained:
+                p.requires_grad_(requires_grad)
+            if isinstance(error, ValueError):
+                raise ValueError(f"{name}: {error}") from error
+            raise
     replace_modules(model, replacements)
     adapters = {id(p) for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)}
     for p in model.parameters():
         p.requires_grad_(id(p) in adapters)
-    for bias in trainable_biases(model, config.bias).values():
+    for bias in trainable_biases(model, config.bias, dict(adapted_layers(model))).values():
         bias.requires_grad_(True)
     model.peftkern_config = config
     return model
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
-    """The layers config asks for, by name. Raises ValueError if there is none."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
+    """The layers config asks for, by name. Raises ValueError if there is none, or if it names what is no such layer."""
+    modules = {name: m for name, m in model.named_modules() if name}
+    # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing.
+    uncalled = {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and id(m) not in uncalled}
     if config.target_modules == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        targets = {name: m for name, m in linears.items() if m is not head}
+        asked = {name: m for name, m in linears.items() if m is not head}
     else:
-        targets = {name: m for name, m in linears.items() if matches(name, config.target_modules)}
-    targets = {name: m for name, m in targets.items() if not matches(name, config.exclude_modules)}
+        asked = {name: m for name, m in modules.items() if matches(name, config.target_modules)}
+    asked = {name: m for name, m in asked.items() if not matches(name, config.exclude_modules)}
+    targets = {name: m for name, m in linears.items() if name in asked}
     if not targets:
         some = ", ".join(list(linears)[:8]) or "none"
         raise ValueError(
             f"target_modules: expected the names of linear layers, {config.target_modules!r} matches none; "
             f"the model has {len(linears)}: {some}{', ...' if len(linears) > 8 else ''}"
         )
+    for name, module in asked.items():
+        if name not in targets:
+            raise ValueError(
+                f"target_modules: expected linear layers that are called, {config.target_modules!r} matches {name!r}, "
+                f"a {type(module).__name__}; exclude_modules leaves it out"
+            )
     return targets
 
 
@@ -89,11 +101,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear))
 
 
-def trainable_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
-    """The biases that a config's ``bias`` field lets train, by their name in an HF PEFT checkpoint."""
+def trainable_biases(model: nn.Module, bias: str, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The biases that a config's ``bias`` field lets train, by their name in an HF PEFT checkpoint. layers: those that
+    have an adapter or are to get one."""
     if bias == "none":
         return {}
-    layers = dict(adapted_layers(model))
     found = {f"{name}.base_layer.bias": m.bias for name, m in layers.items() if m.bias is not None}
     if bias == "all":
         for name, p in model.named_parameters():
@@ -108,15 +120,16 @@ def merge(model: nn.Module, safe: bool = False, unload: bool = False) -> nn.Modu
     NF4Linear for good. Raises RuntimeError if there is none or one is merged already; with safe, ValueError, and all
     layers are as before, if a merged weight is not finite. Returns model."""
     layers = _layers_to_change(model, merged=False)
-    done: list[AdaptedLinear] = []
-    try:
-        for _, layer in layers:
+    for name, layer in layers:
+        try:
             layer.merge(safe=safe)
-            done.append(layer)
-    except Exception:
-        for layer in done:
-            layer.unmerge()
-        raise
+        except Exception as error:
+            for _, done in layers:
+                if done.merged:
+                    done.unmerge()
+            if isinstance(error, ValueError):
+                raise ValueError(f"{name}: {error}") from error
+            raise
     if unload:
         replace_modules(model, {id(layer): _plain_linear(layer) for _, layer in layers})
         if hasattr(model, "peftkern_config"):

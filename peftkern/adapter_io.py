@@ -7,9 +7,12 @@ them. Saving writes temporary files and renames them; loading checks everything 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapt import adapt, adapted_layers, find_targets, trainable_biases
-from .config import LoraConfig, read_config
+from .config import LoraConfig, matches, read_config
 from .modules import LoRALinear
+from .ops.library import FLOAT_DTYPES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ADAPTER_NAMES = (".lora_A.weight", ".lora_B.weight")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -36,6 +41,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    if config.target_modules == "all-linear":  # as HF PEFT does, for readers that know names only
+        config = replace(config, target_modules=_exact_targets(model, dict(adapted_layers(model))))
     text = json.dumps(config.to_peft_dict(), indent=2, sort_keys=True) + "\n"
     write_whole(
         {
@@ -49,22 +56,32 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that save_adapter or HF PEFT saved; adapts model first if it has none. Returns model.
 
-    Raises FileNotFoundError for a missing file and ValueError, naming the file and what was expected, for a damaged
-    one, for an option that is not supported and for tensors that do not fit. model is then unchanged.
+    A model without adapters gets them in the dtype of the file; in one that has some, their dtype stays.
+
+    Raises FileNotFoundError for a missing file, ValueError, naming the file and what was expected, for a damaged one,
+    for an option that is not supported and for tensors that do not fit, RuntimeError for a merged model. model is then
+    unchanged.
     """
     folder = Path(directory)
     config, tensors = _read_config_file(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
-    fresh = next(adapted_layers(model), None) is None
-    if fresh:
-        _check_layers(model, config, tensors, folder / WEIGHTS_NAME)
+    layers = dict(adapted_layers(model))
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"{merged[0]}: expected an unmerged layer to load an adapter into; call unmerge() first")
+    if layers:
+        expected = {name: tuple(t.shape) for name, t in _adapter_tensors(model).items()}
+    else:
+        expected = _shapes_after_adapt(model, config)
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    _check_names_and_shapes(expected, got, folder / WEIGHTS_NAME)
+    if not layers:
         adapt(model, config)
-    targets = _adapter_tensors(model)
-    _check_fit(targets, tensors, folder / WEIGHTS_NAME)
     scalings = _scalings(model, config)
     with torch.no_grad():
-        for name, target in targets.items():
-            if fresh:  # keep the file's dtype: it is the one the adapter was trained in
-                target.data = tensors[name].to(target.device)
+        for name, target in _adapter_tensors(model).items():
+            if not layers and name.endswith(ADAPTER_NAMES):  # the file's dtype is the one the adapter was trained in
+                # a copy: what safetensors returns is the mapped file, which another program may overwrite
+                target.data = tensors[name].to(target.device, copy=True)
             else:
                 target.copy_(tensors[name])
     for layer, (alpha, scaling) in scalings.items():
@@ -84,8 +101,9 @@ def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
                 os.fsync(f.fileno())
         for path, written in temporary.items():
             os.replace(written, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"{next(iter(files)).parent}: could not write the adapter: {error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        folder, code = str(next(iter(files)).parent), getattr(error, "errno", None) or errno.EIO
+        raise OSError(code, f"could not write the adapter, what was there is unchanged: {error}", folder) from error
     finally:
         for written in temporary.values():
             written.unlink(missing_ok=True)
@@ -97,12 +115,29 @@ def _config_of(model: nn.Module) -> LoraConfig:
         return config
     layers = dict(adapted_layers(model))  # put in by hand: say what each layer says
     first = next(iter(layers.values()))
+    for name, layer in layers.items():
+        if layer.use_rslora != first.use_rslora:
+            raise RuntimeError(
+                f"{name}: expected use_rslora={first.use_rslora}, one value for all layers of an adapter"
+            )
+    # "^": the pattern means this layer alone, and not another whose name ends so
     return LoraConfig(
         r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, use_rslora=first.use_rslora,
-        target_modules=sorted(layers),
-        rank_pattern={name: m.r for name, m in layers.items() if m.r != first.r},
-        alpha_pattern={name: m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha},
+        target_modules=_exact_targets(model, layers),
+        rank_pattern={f"^{re.escape(name)}": m.r for name, m in layers.items() if m.r != first.r},
+        alpha_pattern={
+            f"^{re.escape(name)}": m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha
+        },
+        bias="lora_only" if any(m.bias is not None and m.bias.requires_grad for m in layers.values()) else "none",
     )  # fmt: skip
+
+
+def _exact_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | list[str]:
+    """A target_modules that matches these layers and no other module: their names, or, where one is also the ending of
+    another name, a pattern."""
+    names = sorted(layers)
+    matched = [name for name, _ in model.named_modules() if matches(name, names)]
+    return names if sorted(matched) == names else "|".join(re.escape(name) for name in names)
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -116,7 +151,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             raise RuntimeError(f"{name}: expected a LoRALinear, got {type(layer).__name__}")
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    biases = trainable_biases(model, _config_of(model).bias)
+    biases = trainable_biases(model, _config_of(model).bias, layers)
     return tensors | {PREFIX + name: bias for name, bias in biases.items()}
 
 
@@ -141,24 +176,23 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, it is truncated or damaged: {error}") from error
     for name, t in tensors.items():
-        if not t.is_floating_point() or not bool(torch.isfinite(t).all()):
-            raise ValueError(f"{path}: {name}: expected finite floating-point values, got {t.dtype} or NaN or infinity")
+        if t.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{path}: {name}: expected dtype float32, bfloat16 or float16, got {t.dtype}")
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{path}: {name}: expected finite values, got NaN or infinity")
     return tensors
 
 
-def _check_layers(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """Before a model is adapted: would the file fit the layers that config chooses?"""
+def _shapes_after_adapt(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """What _adapter_tensors would hold if model, which has no adapters, were adapted."""
+    layers = find_targets(model, config)
     expected: dict[str, tuple[int, ...]] = {}
-    for name, linear in find_targets(model, config).items():
+    for name, linear in layers.items():
         rank = config.rank_of(name)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
-    _check_names_and_shapes(expected, {k: tuple(t.shape) for k, t in tensors.items() if ".lora_" in k}, path)
-
-
-def _check_fit(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    shapes = {name: tuple(t.shape) for name, t in targets.items()}
-    _check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in tensors.items()}, path)
+    biases = trainable_biases(model, config.bias, layers)
+    return expected | {PREFIX + name: tuple(bias.shape) for name, bias in biases.items()}
 
 
 def _check_names_and_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], path: Path) -> None:

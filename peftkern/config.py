@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from .modules.lora import check_lora
@@ -40,7 +42,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        check_lora(self.r, self.lora_dropout, self.init_lora_weights)
+        check_lora(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
         if self.bias not in BIAS:
             raise ValueError(f"bias: expected one of {BIAS}, got {self.bias!r}")
         if not self.target_modules:
@@ -48,6 +50,9 @@ class LoraConfig:
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"rank_pattern[{name!r}]: expected an int >= 1, got {rank!r}")
+        for name, alpha in self.alpha_pattern.items():
+            if not isinstance(alpha, Real) or not math.isfinite(alpha):
+                raise ValueError(f"alpha_pattern[{name!r}]: expected a finite number, got {alpha!r}")
 
     def rank_of(self, name: str) -> int:
         return _by_pattern(self.rank_pattern, name, self.r)
@@ -104,6 +109,11 @@ def read_config(config: Any) -> LoraConfig:
         off = value in (None, False, "", [], {}, ()) or (name in defaults and value == defaults[name])
         if name not in _OURS and name not in _PEFT_ONLY and not off and not _harmless(name, value):
             raise ValueError(f"config.{name}: expected its default, this option is not supported here; got {value!r}")
+    if values.get("target_modules") is None:
+        raise ValueError(
+            'config.target_modules: expected names, a pattern or "all-linear", got None, with which HF PEFT chooses by '
+            "the type of the model"
+        )
     ours = {name: value for name, value in values.items() if name in _OURS and value is not None}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(ours.get(name), (set, tuple)):

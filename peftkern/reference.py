@@ -52,7 +52,7 @@ def adapted_linear(
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """``x / (1 - p)`` where kept, else 0; p is rounded to a multiple of 1/32768. Rows are the flattened leading axes."""
+    """``x / (1 - p)`` where kept, else 0; p is rounded to a multiple of 1/32768. A row is one last axis of x."""
     threshold = min(int(p * 32768 + 0.5), 32767)
     if threshold == 0:
         return x
@@ -94,7 +94,7 @@ def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """``(packed, absmax)`` of w, any shape: uint8 [ceil(n / 2)], even element in the high nibble, and float32 [blocks]."""
+    """``(packed, absmax)`` of w, any shape: uint8 [ceil(n / 2)], even element in the high nibble; float32 [blocks]."""
     flat = w.detach().reshape(-1).float()
     n = flat.numel()
     blocks = (n + block_size - 1) // block_size
@@ -129,7 +129,7 @@ def dequantize_nf4(
 
 
 def dynamic_codes() -> Tensor:
-    """The signed 8-bit dynamic code, float32 [256], sorted (Dettmers 2016, arXiv 1511.04561; as bitsandbytes builds it)."""
+    """The signed 8-bit dynamic code of bitsandbytes, float32 [256], sorted (Dettmers 2016, arXiv 1511.04561)."""
     codes = [0.0, 1.0]
     for i in range(7):
         boundaries = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
@@ -139,7 +139,7 @@ def dynamic_codes() -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization (QLoRA section 3): ``(codes uint8 [n], nested_absmax float32 [ceil(n / 256)], offset [])``."""
+    """Double quantization (QLoRA, section 3): codes uint8 [n], nested_absmax float32 [ceil(n / 256)], offset []."""
     offset = absmax.double().mean().float() if absmax.numel() else torch.tensor(0.0)
     codes, nested = [], []
     midpoints = (dynamic_codes()[1:] + dynamic_codes()[:-1]) / 2

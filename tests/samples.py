@@ -79,9 +79,8 @@ class Call:
         """The fp64 output, and fp64 leaves of the inputs for its gradient."""
         leaves = {k: t.detach().cpu().double().requires_grad_() for k, t in self.inputs().items()}
         x, terms = leaves["x"], {k: t for k, t in leaves.items() if k != "x"}
-        y = reference.adapted_linear(
-            x, self.dense_weight().double(), scaling=self.scaling, dropout_p=self.dropout_p, seed=int(self.seed), **terms
-        )
+        options = {"scaling": self.scaling, "dropout_p": self.dropout_p, "seed": int(self.seed)}
+        y = reference.adapted_linear(x, self.dense_weight().double(), **options, **terms)
         return y, leaves
 
 

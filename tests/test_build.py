@@ -58,7 +58,7 @@ def test_isa_can_be_forced():
         out = run(sys.executable, "-c", "import peftkern; print(peftkern.cpu_isa())", PEFTKERN_CPU_ISA=isa)
         assert out.stdout.strip() == isa, out.stderr
     out = run(sys.executable, "-c", "import peftkern; peftkern.cpu_isa()", PEFTKERN_CPU_ISA="avx1024")
-    assert out.returncode and 'expected one of this machine\'s {' in out.stderr and '"avx1024"' in out.stderr
+    assert out.returncode and "expected one of this machine's {" in out.stderr and '"avx1024"' in out.stderr
 
 
 def test_info_command():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op under torch.library.opcheck, and every function under torch.compile(fullgraph=True), forward and backward."""
+"""Every op under torch.library.opcheck, every function under torch.compile(fullgraph=True), forward and backward."""
 
 import pytest
 import torch
@@ -47,9 +47,8 @@ def test_opcheck_nf4(sample):
     w = sample.make()
     opcheck(ops.quantize_nf4.default, (w, sample.block_size), test_utils=OPCHECK)
     packed, absmax = ops.quantize_nf4(w, sample.block_size)
-    opcheck(
-        ops.dequantize_nf4.default, (packed, absmax, sample.block_size, list(w.shape), torch.bfloat16), test_utils=OPCHECK
-    )
+    arguments = (packed, absmax, sample.block_size, list(w.shape), torch.bfloat16)
+    opcheck(ops.dequantize_nf4.default, arguments, test_utils=OPCHECK)
     opcheck(ops.quantize_absmax.default, (absmax,), test_utils=OPCHECK)
     opcheck(ops.dequantize_absmax.default, ops.quantize_absmax(absmax), test_utils=OPCHECK)
 

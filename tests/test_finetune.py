@@ -323,6 +323,13 @@ def test_bad_model_targets_and_output_are_named(tiny, tmp_path, monkeypatch):
         finetune_model.find_model(None)
 
 
+def test_sequence_longer_than_the_model_allows_is_refused(tiny, tmp_path):
+    rows = [{"text": " ".join(SENTENCES) * 4} for _ in range(8)]
+    source = write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(FinetuneError, match=r"--seq-len: expected at most the 256 positions of the model, got 257"):
+        run(options(tiny, tmp_path, data=source, seq_len=257, eval_fraction=0.3))
+
+
 def test_command_reports_errors_on_stderr_with_exit_code_2(tiny, tmp_path, capsys):
     parser = finetune_cli.argparse.ArgumentParser()
     finetune_cli.add_arguments(parser)
@@ -373,6 +380,7 @@ def test_run_trains_saves_reloads_and_reports(tiny, tmp_path, kind, changes):
 
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(summary))
     assert summary["reload_check"] == {"max_abs_difference": 0.0, "passed": True}
+    assert any("LoRALinear" in line for line in summary["kernels"])
     assert summary["held_out"]["after"]["loss"] < summary["held_out"]["before"]["loss"]
     before = summary["held_out"]["before"]
     assert before["perplexity"] == pytest.approx(math.exp(before["loss"]))
@@ -569,6 +577,11 @@ def test_full_disk_while_saving_keeps_the_earlier_checkpoint(tiny, tmp_path, mon
         if len(saved) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def full_at_the_end(model, folder):
+        if Path(folder).name == "adapter":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(model, folder)
+
     with monkeypatch.context() as patch:
         patch.setattr(peftkern, "save_adapter", save_adapter)
         with pytest.raises(
@@ -577,6 +590,12 @@ def test_full_disk_while_saving_keeps_the_earlier_checkpoint(tiny, tmp_path, mon
             run(settings)
     folder = Path(settings.output) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(peftkern, "save_adapter", full_at_the_end)
+        with pytest.raises(
+            FinetuneError, match=r"cannot save the adapter in .*No space left.*--resume finishes the run"
+        ):
+            run(_resumed(settings))
     assert run(_resumed(settings))["training"]["steps"] == 8
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every adapter method shares: the call, merging, and the state dict. A method is a subclass that says its terms."""
+"""What every adapter method shares: the call, merging, the state dict. A method is a subclass that says its terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
-from .base_weight import BaseWeight, weight_parameters
+from .base_weight import WEIGHT_NAMES, BaseWeight
 
 
 class AdaptedLinear(BaseWeight):
@@ -21,7 +21,9 @@ class AdaptedLinear(BaseWeight):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._unmerged: Tensor | NF4Weight | None = None  # the base weight while a merged one is in its place
+        # The parameters of the base weight while a merged one is in their place. In a dict, since a parameter set as an
+        # attribute would be registered, and so saved, counted and trained.
+        self._unmerged: dict[str, nn.Parameter] | None = None
 
     def terms(self) -> dict[str, Any]:
         """The adapter as keyword arguments of ``ops.adapted_linear``: A, B, lam, out_scale, scaling, dropout_p."""
@@ -60,23 +62,30 @@ class AdaptedLinear(BaseWeight):
             new: Tensor | NF4Weight = replace(requantized, dtype=original.dtype)
         else:
             new = merged.to(original.dtype)
+        kept = {name: self._parameters[name] for name in WEIGHT_NAMES if name in self._parameters}
         self.set_base_weight(new)
-        self._unmerged = original
+        self._unmerged = kept
 
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit. Raises RuntimeError if the layer is not merged."""
         if self._unmerged is None:
             raise RuntimeError(f"{type(self).__name__}.unmerge: not merged")
-        device = self.weight.device
-        original = self._unmerged if self._unmerged.device == device else self._unmerged.to(device)
-        self.set_base_weight(original)
+        for name, parameter in self._unmerged.items():
+            self.register_parameter(name, parameter)
         self._unmerged = None
+
+    def _apply(self, fn, recurse=True):
+        """``.to()``, ``.half()`` and their like reach the weight that is kept aside, too."""
+        super()._apply(fn, recurse)
+        for parameter in (self._unmerged or {}).values():
+            parameter.data = fn(parameter.data)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """The unmerged weight, also while merged: a state dict that holds the adapter must not hold it twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged is not None:
-            for name, parameter in weight_parameters(self._unmerged).items():
+            for name, parameter in self._unmerged.items():
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

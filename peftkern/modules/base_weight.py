@@ -41,7 +41,7 @@ def weight_parameters(weight: Tensor | NF4Weight) -> dict[str, nn.Parameter]:
 
 
 class BaseWeight(nn.Module):
-    """Mixin of the modules that multiply by a frozen weight: ``in_features``, ``out_features`` and the parameters above."""
+    """Mixin of modules that multiply by a frozen weight: ``in_features``, ``out_features`` and the parameters above."""
 
     in_features: int
     out_features: int
@@ -84,13 +84,17 @@ class BaseWeight(nn.Module):
             key = prefix + "weight"
             incoming = state_dict.get(key)
             weight = None
-            if any(k.startswith(key + ".quant_state.") for k in state_dict):
-                weight = NF4Weight.from_bnb(state_dict, key)
-                for name in [k for k in state_dict if k.startswith(key + ".")]:
-                    del state_dict[name]
-            elif incoming is not None and incoming.is_floating_point():
-                weight = quantize_nf4(incoming, self.nf4_config.block_size, self.nf4_config.double_quant)
+            try:
+                if any(k.startswith(key + ".") for k in state_dict):
+                    weight = NF4Weight.from_bnb(state_dict, key)
+                    for name in [k for k in state_dict if k.startswith(key + ".")]:
+                        del state_dict[name]
+                elif incoming is not None and incoming.is_floating_point():
+                    weight = quantize_nf4(incoming, self.nf4_config.block_size, self.nf4_config.double_quant)
+                if weight is not None:
+                    self.set_base_weight(weight.to(self.weight.device))  # block_size and double_quant may differ
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:  # whatever a damaged entry sets off
+                raise ValueError(f"{key}: {error}") from error
             if weight is not None:
-                self.set_base_weight(weight.to(self.weight.device))  # block_size and double_quant may differ
                 state_dict.update((prefix + name, p.detach()) for name, p in weight_parameters(weight).items())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

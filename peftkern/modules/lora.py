@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,12 @@ def quantize_config(quantize: Quantize) -> NF4Config | None:
     raise ValueError(f'quantize: expected None, "nf4" or an NF4Config, got {quantize!r}')
 
 
-def check_lora(r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
+def check_lora(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r: expected an int >= 1, got {r!r}")
-    if not 0.0 <= lora_dropout < 1.0:
+    if not isinstance(lora_alpha, Real) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    if not isinstance(lora_dropout, Real) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {lora_dropout!r}")
     if init_lora_weights not in INIT_LORA_WEIGHTS:
         raise ValueError(f"init_lora_weights: expected one of {INIT_LORA_WEIGHTS}, got {init_lora_weights!r}")
@@ -48,6 +51,8 @@ class LoRALinear(AdaptedLinear):
     (torch.Size([8, 32]), 384)
     """
 
+    quantized_base: ClassVar[NF4Config | None] = None  # how from_linear quantizes a dense weight if it is not told
+
     def __init__(
         self,
         in_features: int,
@@ -63,6 +68,7 @@ class LoRALinear(AdaptedLinear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         check_features(in_features, out_features)
+        check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
         super().__init__(in_features, out_features)
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -89,11 +95,13 @@ class LoRALinear(AdaptedLinear):
         quantize: "nf4" or an NF4Config to quantize a dense weight first; the original is then not kept.
         """
         check_is_linear(linear)
+        check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
         config = quantize_config(quantize)
         weight: Tensor | NF4Weight = linear.base_weight() if isinstance(linear, NF4Linear) else linear.weight
-        if config is not None:
-            if isinstance(weight, NF4Weight):
+        if isinstance(weight, NF4Weight):
+            if config is not None:
                 raise ValueError("quantize: expected None for a layer whose weight is NF4 already")
+        elif config := config or cls.quantized_base:
             weight = quantize_nf4(weight, config.block_size, config.double_quant)
         self = cls.__new__(cls)
         AdaptedLinear.__init__(self, linear.in_features, linear.out_features)
@@ -108,7 +116,6 @@ class LoRALinear(AdaptedLinear):
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str,
         adapter_dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        check_lora(r, lora_dropout, init_lora_weights)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         like = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
@@ -123,7 +130,7 @@ class LoRALinear(AdaptedLinear):
             self.lora_A.normal_(std=1.0 / self.r)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights is False:
+        if not init_lora_weights:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         else:
             self.lora_B.zero_()
@@ -142,14 +149,16 @@ class LoRALinear(AdaptedLinear):
 class QLoRALinear(LoRALinear):
     """LoRALinear over an NF4 base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, equation 5).
 
-    quantize: an NF4Config (default: block_size 64 with double quantization, as in the paper). The other arguments are
-    LoRALinear's.
+    quantize: an NF4Config, or "nf4" (default: block_size 64 with double quantization, as in the paper). The other
+    arguments, and those of from_linear, are LoRALinear's.
 
     >>> QLoRALinear(64, 32, r=4)(torch.randn(8, 64)).shape
     torch.Size([8, 32])
     """
 
-    def __init__(self, *args: Any, quantize: NF4Config | None = None, **kwargs: Any) -> None:
+    quantized_base = NF4Config(64, double_quant=True)
+
+    def __init__(self, *args: Any, quantize: Quantize = None, **kwargs: Any) -> None:
+        config = quantize_config(quantize) or self.quantized_base
         super().__init__(*args, **kwargs)
-        config = NF4Config(64, True) if quantize is None else quantize
         self.set_base_weight(quantize_nf4(self.weight, config.block_size, config.double_quant))
