@@ -7,7 +7,7 @@ import argparse
 import sys
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peftkern", description="Kernels for parameter-efficient fine-tuning.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was built and what this machine runs")
@@ -15,9 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     from .finetune import cli as finetune
 
     finetune.add_arguments(commands.add_parser("finetune", help="fine-tune a causal language model with LoRA or QLoRA"))
+    return parser
 
-    args = parser.parse_args(argv)
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     if args.command == "finetune":
+        from .finetune import cli as finetune
+
         return finetune.main(args)
 
     from .info import info

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
-from .base_weight import WEIGHT_NAMES, BaseWeight
+from .base_weight import BaseWeight
 
 
 class AdaptedLinear(BaseWeight):
@@ -62,7 +62,7 @@ class AdaptedLinear(BaseWeight):
             new: Tensor | NF4Weight = replace(requantized, dtype=original.dtype)
         else:
             new = merged.to(original.dtype)
-        kept = {name: self._parameters[name] for name in WEIGHT_NAMES if name in self._parameters}
+        kept = self._replace_weight_parameters({})
         self.set_base_weight(new)
         self._unmerged = kept
 
@@ -70,8 +70,7 @@ class AdaptedLinear(BaseWeight):
         """Puts the original weight back, bit for bit. Raises RuntimeError if the layer is not merged."""
         if self._unmerged is None:
             raise RuntimeError(f"{type(self).__name__}.unmerge: not merged")
-        for name, parameter in self._unmerged.items():
-            self.register_parameter(name, parameter)
+        self._replace_weight_parameters(self._unmerged)
         self._unmerged = None
 
     def _apply(self, fn, recurse=True):

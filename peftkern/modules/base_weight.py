@@ -59,10 +59,17 @@ class BaseWeight(nn.Module):
             check_weight(weight, "weight")
         self.nf4_config = NF4Config(weight.block_size, weight.double_quant) if quantized else None
         self.quantized_dtype = weight.dtype if quantized else None
-        for name in WEIGHT_NAMES:
-            self._parameters.pop(name, None)
-        for name, parameter in weight_parameters(weight).items():
+        self._replace_weight_parameters(weight_parameters(weight))
+
+    def _replace_weight_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Registers parameters, first in order as in nn.Linear, for those that held the weight, and returns these."""
+        old = {name: self._parameters.pop(name) for name in WEIGHT_NAMES if name in self._parameters}
+        others = dict(self._parameters)
+        self._parameters.clear()
+        for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
+        self._parameters.update(others)
+        return old
 
     def base_weight(self) -> Tensor | NF4Weight:
         """The weight as the ops take it; shares storage."""

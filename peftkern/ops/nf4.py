@@ -138,8 +138,8 @@ def check_weight(weight: NF4Weight, name: str) -> None:
     """Raises ValueError, naming the part, unless all parts of weight have the sizes its shape asks for."""
     n = math.prod(weight.shape)
     blocks = -(-n // weight.block_size)
-    expected = {"packed": (weight.packed, -(-n // 2), torch.uint8)}
-    if weight.double_quant:
+    expected: dict[str, tuple[Tensor, int, torch.dtype]] = {"packed": (weight.packed, -(-n // 2), torch.uint8)}
+    if weight.nested_absmax is not None and weight.offset is not None:
         expected["absmax"] = (weight.absmax, blocks, torch.uint8)
         expected["nested_absmax"] = (weight.nested_absmax, -(-blocks // NESTED_BLOCK_SIZE), torch.float32)
         expected["offset"] = (weight.offset, 1, torch.float32)
