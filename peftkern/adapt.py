@@ -46,8 +46,8 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
         except Exception as error:
             for p, requires_grad in trained:
                 p.requires_grad_(requires_grad)
-            if isinstance(error, ValueError):
-                raise ValueError(f"{name}: {error}") from error
+            if isinstance(error, (ValueError, TypeError)):
+                raise type(error)(f"{name}: {error}") from error
             raise
     replace_modules(model, replacements)
     adapters = {id(p) for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)}

@@ -37,6 +37,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     Raises RuntimeError if model has no adapter, OSError if the disk fails, in which case what was there before is
     still whole.
     """
+    model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     folder = Path(directory)
     config, tensors = _read_config_file(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
+    wrapped, model = model, _unwrapped(model)
     layers = dict(adapted_layers(model))
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -88,7 +90,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
         layer.lora_dropout = config.lora_dropout
     model.peftkern_config = config
-    return model
+    return wrapped
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and data parallelism, which put a prefix before every name."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:

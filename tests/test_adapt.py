@@ -264,6 +264,22 @@ def test_checkpointing_of_a_whole_model(llama):
     assert all(torch.equal(a, b) for a, b in zip(grads(), plain, strict=True))
 
 
+def test_a_whole_model_compiles(llama):
+    torch._dynamo.reset()
+    peftkern.adapt(llama, LoraConfig(r=2, lora_dropout=0.3), quantize=NF4Config(32, True))
+    randomize(llama)
+
+    def run(model):
+        llama.zero_grad()
+        torch.manual_seed(4)
+        loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
+        loss.backward()
+        return [loss.detach()] + [p.grad.clone() for p in peftkern.trainable_parameters(llama)]
+
+    for a, b in zip(run(llama), run(torch.compile(llama, fullgraph=True, backend="aot_eager")), strict=True):
+        torch.testing.assert_close(b, a)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

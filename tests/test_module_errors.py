@@ -116,6 +116,23 @@ def test_only_linears_can_be_adapted(cls, what):
         cls.from_linear(what)
 
 
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_linears_with_a_forward_of_their_own_are_refused():
+    linear = ScaledLinear(8, 8)
+    with pytest.raises(
+        TypeError, match="linear: expected an nn.Linear, got ScaledLinear, which has a forward of its own"
+    ):
+        LoRALinear.from_linear(linear)
+    model = nn.Sequential(nn.Linear(8, 8), linear)
+    with pytest.raises(TypeError, match=r"^1: linear: expected an nn\.Linear, got ScaledLinear"):
+        peftkern.adapt(model, LoraConfig())
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_quantized(value):
     linear = nn.Linear(64, 32)

@@ -458,6 +458,17 @@ def test_safe_merge_refuses_infinity(case, value):
         assert not layer.merged
 
 
+def test_safe_merge_looks_at_the_rounded_weight():
+    layer = LoRALinear(4, 4, r=1, lora_alpha=1, dtype=F16)
+    with torch.no_grad():
+        layer.lora_A.fill_(300.0)
+        layer.lora_B.fill_(300.0)  # 90000 is finite in float32 and above the largest float16
+    with pytest.raises(ValueError, match="merge: expected finite merged weights"):
+        layer.merge(safe=True)
+    layer.merge()
+    assert torch.isinf(layer.weight).all()
+
+
 @merging_modules
 def test_state_dict_while_merged_is_the_unmerged_one(case):
     layer = case.make()

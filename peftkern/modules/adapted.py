@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
-from .base_weight import BaseWeight
+from .base_weight import WEIGHT_NAMES, BaseWeight
 
 
 class AdaptedLinear(BaseWeight):
@@ -55,14 +55,16 @@ class AdaptedLinear(BaseWeight):
         quantized = isinstance(original, NF4Weight)
         dense = dequantize_nf4(original, torch.float32) if quantized else original.float()
         merged = dense + self.delta_weight()
+        if not quantized:
+            merged = merged.to(original.dtype)
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError("merge: expected finite merged weights, got NaN or infinity; the layer is unchanged")
         if quantized:
             requantized = quantize_nf4(merged, original.block_size, original.double_quant)
             new: Tensor | NF4Weight = replace(requantized, dtype=original.dtype)
         else:
-            new = merged.to(original.dtype)
-        kept = self._replace_weight_parameters({})
+            new = merged
+        kept = {name: p for name, p in self._parameters.items() if name in WEIGHT_NAMES and p is not None}
         self.set_base_weight(new)
         self._unmerged = kept
 

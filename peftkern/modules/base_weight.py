@@ -61,15 +61,13 @@ class BaseWeight(nn.Module):
         self.quantized_dtype = weight.dtype if quantized else None
         self._replace_weight_parameters(weight_parameters(weight))
 
-    def _replace_weight_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Registers parameters, first in order as in nn.Linear, for those that held the weight, and returns these."""
-        old = {name: self._parameters.pop(name) for name in WEIGHT_NAMES if name in self._parameters}
-        others = dict(self._parameters)
+    def _replace_weight_parameters(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Registers parameters, first in order as in nn.Linear, for those that held the weight."""
+        others = {name: p for name, p in self._parameters.items() if name not in WEIGHT_NAMES}
         self._parameters.clear()
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self._parameters.update(others)
-        return old
 
     def base_weight(self) -> Tensor | NF4Weight:
         """The weight as the ops take it; shares storage."""

@@ -75,6 +75,9 @@ def check_features(in_features: int, out_features: int) -> None:
 def check_is_linear(linear: nn.Module) -> None:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+    # Any other subclass computes something of its own (8-bit weights, scales, sharding), which would be lost.
+    if not isinstance(linear, NF4Linear) and type(linear).forward is not nn.Linear.forward:
+        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}, which has a forward of its own")
 
 
 def init_bias(bias: bool, in_features: int, out_features: int, like: Tensor) -> nn.Parameter | None:
