@@ -81,6 +81,8 @@ CHOICES = {
     "names": {"target_modules": ["q_proj", "down_proj"]},
     "paths": {"target_modules": ["layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
     "pattern": {"target_modules": r".*\.layers\.0\..*(q|v)_proj"},
+    "whole names only": {"target_modules": ["q_proj", "ate_proj", "proj"]},
+    "whole pattern only": {"target_modules": r".*\.(q|k)_pro|.*\.v_proj"},
     "head": {"target_modules": ["lm_head", "o_proj"]},
     "exclude names": {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
     "exclude pattern": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.1.*"},

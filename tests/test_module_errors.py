@@ -123,9 +123,7 @@ class ScaledLinear(nn.Linear):
 
 def test_linears_with_a_forward_of_their_own_are_refused():
     linear = ScaledLinear(8, 8)
-    with pytest.raises(
-        TypeError, match="linear: expected an nn.Linear, got ScaledLinear, which has a forward of its own"
-    ):
+    with pytest.raises(TypeError, match="got ScaledLinear, which has a forward of its own"):
         LoRALinear.from_linear(linear)
     model = nn.Sequential(nn.Linear(8, 8), linear)
     with pytest.raises(TypeError, match=r"^1: linear: expected an nn\.Linear, got ScaledLinear"):

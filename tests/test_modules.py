@@ -84,6 +84,7 @@ MODULES = {
     "lora": Case(dropout=0.2),
     "lora-bf16": Case(BF16, BF16, dropout=0.2),
     "qlora": Case(NF4_DQ, dropout=0.2),
+    "qlora-bf16": Case(NF4, BF16, dropout=0.2),
     "qlora-odd": Case(NF4_32, fan_in=33, fan_out=15, r=3),
     "nf4": Case(NF4, r=None),
     "nf4-dq-odd": Case(NF4Config(32, True), fan_in=33, fan_out=15, r=None),
@@ -122,8 +123,8 @@ def run(layer, x: torch.Tensor, call=None) -> list[torch.Tensor]:
 
 
 @cases
-def test_values_and_gradients(case):
-    layer, x = case.make(), case.input()
+def test_values_and_gradients(case, device):
+    layer, x = case.make().to(device), case.input().detach().to(device).requires_grad_()
     torch.manual_seed(11)
     y = layer(x)
     g = torch.randn_like(y)
@@ -131,11 +132,11 @@ def test_values_and_gradients(case):
     assert y.dtype == case.x and y.shape == (*case.rows, case.fan_out)
 
     trained = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    leaves = {name: t.detach().double().requires_grad_() for name, t in trained.items()}
+    leaves = {name: t.detach().cpu().double().requires_grad_() for name, t in trained.items()}
     terms = {}
     if case.r:
         torch.manual_seed(11)
-        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if case.dropout else 0
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device=device)) if case.dropout else 0
         scaling = 7 / (case.r**0.5 if case.rslora else case.r)
         terms = {
             "A": leaves["lora_A"],
@@ -144,9 +145,9 @@ def test_values_and_gradients(case):
             "dropout_p": case.dropout,
             "seed": seed,
         }
-    bias = leaves.get("bias", None if layer.bias is None else layer.bias.detach().double())
-    expected = reference.adapted_linear(leaves["x"], effective_weight(layer, case.x).double(), bias=bias, **terms)
-    expected.backward(g.double())
+    bias = leaves.get("bias", None if layer.bias is None else layer.bias.detach().cpu().double())
+    expected = reference.adapted_linear(leaves["x"], effective_weight(layer.cpu(), case.x).double(), bias=bias, **terms)
+    expected.backward(g.cpu().double())
     assert_close(y, expected, case.x, "y")
     assert set(trained) == {"x"} | ({"lora_A", "lora_B"} if case.r else {"bias"} if case.bias else set())
     for name, t in trained.items():
@@ -328,8 +329,8 @@ def test_modules_behave_as_modules():
     assert len(seen) == len(MODULES) + 1
     for layer in model:
         assert f"in_features={layer.in_features}" in repr(layer)
-    assert isinstance(model[4], nn.Linear) and not isinstance(model[0], nn.Linear)
-    assert "r=4" in repr(model[0]) and "block_size=64" in repr(model[2]) and "block_size=64" in repr(model[4])
+    assert [isinstance(m, nn.Linear) for m in model] == [case.r is None for case in MODULES.values()]
+    assert "r=4" in repr(model[0]) and all("block_size=64" in repr(model[k]) for k in (2, 3, 5))
     layer = model[0]
     layer.merge()
     assert "merged" in repr(layer)
