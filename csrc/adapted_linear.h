@@ -109,6 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
   const DType x_dtype = dtype_of(x, "x");
   PEFTKERN_CHECK(x.dim() >= 1, "x: expected shape [..., in_features], got a scalar");
   PEFTKERN_CHECK(out_features >= 0, "out_features: expected >= 0, got ", out_features);
+  PEFTKERN_CHECK(absmax || weight.dim() != 2 || weight.size(1) == x.size(x.dim() - 1), "x: expected shape [..., ",
+                 weight.size(1), "] for weight ", shape_string(weight.sizes()), ", got ", shape_string(x.sizes()));
   Terms t{weight, absmax, block_size, x.size(x.dim() - 1), out_features, 0, A, B, lam, out_scale, scaling, {}};
   t.check(x, "x", dropout_p, seed);
   Terms::check_vector(bias, t.out, "bias");

@@ -5,7 +5,8 @@
 //   blocks      block_size consecutive elements of the flattened, row-major tensor (the last one may be shorter)
 //   absmax      fp32 max |w| of each block
 //   code        number of thresholds below the scaled value, so a tie goes to the lower code
-//   scaled      w * (1 / absmax), but w / absmax in a shorter last block, as in bitsandbytes' CPU path: equal codes
+//   scaled      w * (1 / absmax), but w / absmax in a shorter last block, whose absmax is at least kMinAbsmax: so that
+//               codes and absmax are those of bitsandbytes' CPU path, bit for bit
 //   packed      two codes a byte, the even flat element in the high nibble; an odd tail is padded with code 7 (zero)
 //   dequantize  fp32 kNf4Codes[code] * absmax, rounded once to the output dtype
 //

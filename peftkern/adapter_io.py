@@ -7,11 +7,10 @@ them. Saving writes temporary files and renames them; loading checks everything 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapt import adapt, adapted_layers, find_targets, trainable_biases
 from .config import LoraConfig, matches, read_config
+from .files import write_whole
 from .modules import LoRALinear
 from .ops.library import FLOAT_DTYPES
 
@@ -102,24 +102,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
-
-
-def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Writes all files under temporary names, then renames them: a failure on the way leaves the old ones whole."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, write in files.items():
-            write(temporary[path])
-            with open(temporary[path], "rb") as f:
-                os.fsync(f.fileno())
-        for path, written in temporary.items():
-            os.replace(written, path)
-    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
-        folder, code = str(next(iter(files)).parent), getattr(error, "errno", None) or errno.EIO
-        raise OSError(code, f"could not write the adapter, what was there is unchanged: {error}", folder) from error
-    finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
 
 
 def _config_of(model: nn.Module) -> LoraConfig:

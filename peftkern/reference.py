@@ -104,8 +104,9 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = rows.abs().amax(dim=1) if blocks else torch.zeros(0)
     divisor = absmax.clamp(min=1e-38)[:, None]
     scaled = rows * (1.0 / divisor)
-    if n % block_size:  # bitsandbytes divides in the shorter last block
+    if n % block_size:  # in the shorter last block bitsandbytes divides, and stores the divisor
         scaled[-1] = rows[-1] / divisor[-1]
+        absmax[-1] = divisor[-1, 0]
     codes = torch.tensor(NF4_CODES)
     thresholds = (codes[1:] + codes[:-1]) / 2
     # right=False: a value equal to a threshold goes to the lower code

@@ -236,7 +236,7 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(4, 31)}, r"weight: expected shape \[24, 31\], got \[24, 32\]"),
+        ({"x": torch.zeros(4, 31)}, r"x: expected shape \[..., 32\] for weight \[24, 32\], got \[4, 31\]"),
         ({"x": torch.zeros(4, 32, dtype=torch.float64)}, "x: expected dtype float32, bfloat16 or float16, got Double"),
         ({"x": torch.zeros(())}, r"x: expected shape \[\.\.\., in_features\]"),
         ({"x": torch.zeros(4, 32, dtype=torch.int64)}, "x: expected dtype float32, bfloat16 or float16, got Long"),

@@ -370,7 +370,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, function, first_write, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(function, no_space)
-    with pytest.raises(OSError, match=r"could not write the adapter.*No space left") as error:
+    with pytest.raises(OSError, match=r"could not write.*No space left") as error:
         peftkern.save_adapter(model, folder)
     monkeypatch.undo()
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(folder)
@@ -417,7 +417,7 @@ def test_a_disk_that_is_really_full(tmp_path, limit):
         env=os.environ | {"PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("OSError") and "could not write the adapter" in done.stdout
+    assert done.stdout.startswith("OSError") and "could not write" in done.stdout
     assert content(tmp_path) == before
 
 

@@ -550,3 +550,13 @@ def test_a_dense_checkpoint_is_quantized_on_loading():
     result = lora.load_state_dict(linear.state_dict(), strict=False)
     assert set(result.missing_keys) == {"lora_A", "lora_B"} and not result.unexpected_keys
     assert torch.equal(lora.weight, NF4Linear.from_linear(linear, 32).weight)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LoRALinear(64, 32, device="meta"), lambda: QLoRALinear(64, 32, device="meta")]
+)
+def test_on_the_meta_device(make):
+    """Shapes without memory, as sharded loading starts from; to_empty then gives it memory."""
+    layer = make()
+    assert layer(torch.randn(3, 64, device="meta")).shape == (3, 32)
+    assert layer.to_empty(device="cpu").weight.device.type == "cpu"

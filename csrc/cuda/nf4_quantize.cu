@@ -51,10 +51,10 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_nf4_kernel(Quantize
     for (int j = 0; j < kChunk; ++j) max_bits = max(max_bits, magnitude_bits(v[j]));
   }
   const float absmax = __uint_as_float(max_of_lanes(max_bits, lanes));
-  if ((thread & (lanes - 1)) == 0 && first < args.n) args.absmax[block] = absmax;
-
-  const float divisor = fmaxf(absmax, kMinAbsmax), reciprocal = __fdiv_rn(1.0f, divisor);
+  const float divisor = absmax < kMinAbsmax ? kMinAbsmax : absmax, reciprocal = __fdiv_rn(1.0f, divisor);
   const bool divide = (block + 1) * args.block_size > args.n;
+  if ((thread & (lanes - 1)) == 0 && first < args.n) args.absmax[block] = divide ? divisor : absmax;
+
   for (int i = 0; i < chunks; ++i) {
     const int64_t index = first + i * chunk_step, valid = args.n - index;
     if (valid <= 0) break;

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files import sync, write_whole
 from .errors import FinetuneError
 
 CHECKSUMS = "checksums.json"
@@ -19,20 +20,11 @@ PARTIAL = ".partial"
 
 def write_atomic(path: Path, write: Callable[[Path], object] | str) -> None:
     """Write text, or let `write(temporary_path)` write, then rename: `path` is old or new, never a part."""
-    temporary = path.with_name(f".{path.stem}{PARTIAL}{path.suffix}")
+    text = write if isinstance(write, str) else None
     try:
-        if isinstance(write, str):
-            temporary.write_text(write, encoding="utf-8")
-        else:
-            write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
+        write_whole({path: write if text is None else lambda temporary: temporary.write_text(text, encoding="utf-8")})
     except OSError as error:
-        raise FinetuneError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; what was there before is kept"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise FinetuneError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -76,7 +68,7 @@ def seal(partial: Path, final: Path) -> None:
     sums = {}
     for path in sorted(partial.rglob("*")):
         if path.is_file():
-            _sync(path)
+            sync(path)
             sums[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_atomic(partial / CHECKSUMS, json.dumps(sums, indent=1))
     if final.exists():
@@ -124,8 +116,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -121,7 +121,7 @@ def adapted_linear(
             raise RuntimeError(f"weight: expected shape [out, in], got {list(weight.shape)}")
         out_features, block_size = weight.shape[0], 64
         packed, absmax, nested_absmax, offset = weight, None, None, None
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not training or A is None:
         dropout_p, seed = 0.0, None

@@ -97,15 +97,16 @@ class NF4Weight:
             raise ValueError(f"{prefix}: expected the entry {key!r}, got {others or 'no quant_state entry'}")
         try:
             state = json.loads(bytes(tensors[key].cpu().numpy().tobytes()).decode())
-            block_size, shape = int(state["blocksize"]), tuple(int(n) for n in state["shape"])
+            block_size, shape = NF4Config(state["blocksize"]).block_size, tuple(int(n) for n in state["shape"])
             dtype = getattr(torch, state["dtype"])
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{key}: expected bitsandbytes' JSON with blocksize, shape and dtype: {error}") from error
-        NF4Config(block_size)
+        if dtype not in FLOAT_DTYPES or min(shape, default=0) < 0:
+            raise ValueError(f"{key}: expected a float dtype and sizes >= 0, got {state['dtype']!r} and {list(shape)}")
         from ..reference import NF4_CODES, dynamic_codes
 
         _expect_codes(tensors, f"{prefix}.quant_map", torch.tensor(NF4_CODES))
-        packed = tensors[prefix].contiguous().view(torch.uint8).reshape(-1)
+        packed = _entry(tensors, prefix).contiguous().view(torch.uint8).reshape(-1)
         absmax, nested, offset = _entry(tensors, f"{prefix}.absmax"), None, None
         if "nested_offset" in state:
             nested = _entry(tensors, f"{prefix}.nested_absmax").float()
@@ -113,9 +114,9 @@ class NF4Weight:
                 raise ValueError(f"{key}: expected nested_blocksize 256, got {state.get('nested_blocksize')!r}")
             _expect_codes(tensors, f"{prefix}.nested_quant_map", dynamic_codes())
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-        weight = cls(_shaped(packed, shape), absmax, block_size, shape, dtype, nested, offset)
+        weight = cls(packed, absmax, block_size, shape, dtype, nested, offset)
         check_weight(weight, prefix)
-        return weight
+        return replace(weight, packed=_shaped(packed, shape))
 
 
 def _entry(tensors: Mapping[str, Tensor], key: str) -> Tensor:
@@ -169,7 +170,8 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = False) ->
     w = w.detach()
     packed, absmax = _quantize_nf4(w, block_size)
     # A block's absmax is finite exactly if all its weights are, so this reads n / block_size values, not n.
-    if not torch.compiler.is_compiling() and absmax.numel() and not math.isfinite(absmax.amax().item()):
+    readable = not (torch.compiler.is_compiling() or absmax.is_meta)
+    if readable and absmax.numel() and not math.isfinite(absmax.amax().item()):
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"w: expected finite weights, got {bad} NaN or infinite of {w.numel()}")
     shape = tuple(w.shape)

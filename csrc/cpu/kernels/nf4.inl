@@ -18,9 +18,9 @@ void quantize_blocks(const QuantizeNf4& a, int64_t block0, int64_t block1) {
     }
     if (i < n) largest.add(load_first(w + begin + i, n - i));
     const float absmax = largest.result();
-    a.absmax[block] = absmax;
+    const float divisor = absmax < kMinAbsmax ? kMinAbsmax : absmax;  // a NaN stays one
+    a.absmax[block] = n == a.block_size ? absmax : divisor;
 
-    const float divisor = absmax > kMinAbsmax ? absmax : kMinAbsmax;
     uint8_t* packed = a.packed + begin / 2;
     if (n == a.block_size) {
       const float inverse = 1.0f / divisor;
