@@ -42,6 +42,7 @@ void dequantize_blocks(const DequantizeNf4& a, int64_t block0, int64_t block1) {
     const int64_t begin = block * a.block_size;
     const int64_t n = a.n - begin < a.block_size ? a.n - begin : a.block_size;
     const uint8_t* packed = a.packed + begin / 2;
+    __builtin_prefetch(packed + kAhead / 2);
     const NibbleTable<T> table(a.absmax[block]);
     int64_t i = 0;
     for (; i + table.kElements <= n; i += table.kElements)
