@@ -60,7 +60,7 @@ def extension() -> Extension:
         "-Wno-unused-parameter",
     ]
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xfatbin=-compress-all", "--fmad=false", "-DUSE_CUDA", TARGET]
-    sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     include_dirs, library_dirs = cpp_extension.include_paths(), cpp_extension.library_paths()
     libraries = ["torch_cpu"]  # libtorch_cpu alone: the same file loads with and without a GPU
     home = cuda_home()

@@ -10,6 +10,7 @@
 #pragma once
 #include <tuple>
 
+#include "base_product.h"
 #include "low_rank.h"
 #include "nf4_ops.h"
 #include "tensors.h"
@@ -98,6 +99,61 @@ inline Tensor product(const Tensor& a, const Tensor& b) {
   return dense(to_dtype(call_aten("aten::mm", "", a, b), a.scalar_type()));
 }
 
+// How y0 = x W^T + bias is made: the first row that accepts. set_base_product() forces one, for tests and benchmarks.
+template <class Backend>
+struct BaseProduct {
+  const char* name;
+  bool (*accepts)(const Terms&, int64_t rows);
+  Tensor (*make)(const Backend&, const Terms&, const Tensor& x, const OptionalTensor& bias);
+};
+
+template <class Backend>
+Tensor few_rows_product(const Backend& backend, const Terms& t, const Tensor& x, const OptionalTensor& bias) {
+  Tensor y = empty(x, {x.size(0), t.out}, x.scalar_type());
+  const Tensor packed = dense(t.weight), absmax = dense(*t.absmax);
+  const OptionalTensor offset = float_vector(bias);
+  if constexpr (Backend::kFewRows > 0) {
+    backend.nf4_few_rows({.x = x.const_data_ptr(),
+                          .x_dtype = dtype_of(x, "x"),
+                          .rows = x.size(0),
+                          .in = t.in,
+                          .out = t.out,
+                          .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+                          .absmax = const_floats(absmax),
+                          .block_size = t.block_size,
+                          .bias = const_floats(offset),
+                          .y = y.mutable_data_ptr()});
+  }
+  return y;
+}
+
+template <class Backend>
+Tensor library_product(const Backend& backend, const Terms& t, const Tensor& x, const OptionalTensor& bias) {
+  const ScalarType dtype = x.scalar_type();
+  return linear(x, t.dense_weight(backend, dtype), bias ? OptionalTensor(to_dtype(*bias, dtype)) : std::nullopt);
+}
+
+template <class Backend>
+constexpr BaseProduct<Backend> kBaseProducts[] = {
+    {"nf4_few_rows",
+     [](const Terms& t, int64_t rows) {
+       return t.absmax && rows > 0 && rows <= Backend::kFewRows && t.in > 0 && t.in % t.block_size == 0;
+     },
+     few_rows_product<Backend>},
+    {"library", [](const Terms&, int64_t) { return true; }, library_product<Backend>},
+};
+
+template <class Backend>
+Tensor base_product(const Backend& backend, const Terms& t, const Tensor& x, const OptionalTensor& bias) {
+  const std::string forced = forced_base_product();
+  for (const auto& row : kBaseProducts<Backend>) {
+    if (!forced.empty() && forced != row.name) continue;
+    if (row.accepts(t, x.size(0))) return row.make(backend, t, x, bias);
+  }
+  PEFTKERN_CHECK(false, "base product: \"", forced, "\" is forced and takes no ", x.size(0), " rows of this weight");
+  return x;
+}
+
 // y [..., out]; h [rows, rank] float32 if save_h, else [0]; z [rows, out] if save_z, else [0].
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
@@ -124,10 +180,9 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
   shape.back() = t.out;
   const Tensor input = dense(torch::stable::reshape(x, std::vector<int64_t>{rows, t.in}));
 
-  // bias rides in the library's epilogue unless out_scale has to come between
+  // bias rides in the epilogue of the base product unless out_scale has to come between
   const bool late_bias = out_scale.has_value();
-  const OptionalTensor early = bias && !late_bias ? OptionalTensor(to_dtype(*bias, dtype)) : std::nullopt;
-  Tensor y = linear(input, t.dense_weight(backend, dtype), early);
+  Tensor y = base_product(backend, t, input, late_bias ? std::nullopt : bias);
 
   Tensor h = empty(x, save_h ? std::vector<int64_t>{rows, t.rank} : std::vector<int64_t>{0}, ScalarType::Float);
   Tensor z = empty(x, save_z ? std::vector<int64_t>{rows, t.out} : std::vector<int64_t>{0}, dtype);

@@ -99,6 +99,19 @@ struct DequantizeNf4 {
   DType out_dtype;
 };
 
+// y = x W^T + bias for a few rows, W in NF4: a weight is looked up once, rounded to x_dtype as dequantize rounds it,
+// used for all rows and never written. Every row of W starts a block.
+struct Nf4FewRows {
+  const void* x;  // [rows, in], x_dtype
+  DType x_dtype;
+  int64_t rows, in, out;  // in % block_size == 0
+  const uint8_t* packed;  // [out, in / 2]
+  const float* absmax;    // [out, in / block_size]
+  int64_t block_size;
+  const float* bias;  // [out] or null
+  void* y;            // [rows, out], x_dtype
+};
+
 struct QuantizeAbsmax {
   const float* absmax;  // [n]
   int64_t n;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base_product.h"
 #include "cpu/dispatch.h"
 #include "cpu/large_buffers.h"
 
@@ -19,6 +20,7 @@ namespace {
 std::string cpu_isa() { return peftkern::cpu::kernels().name; }
 std::vector<std::string> cpu_isas() { return peftkern::cpu::isa_names(); }
 void set_cpu_isa(std::string name) { peftkern::cpu::set_isa(name); }
+void set_base_product(std::string name) { peftkern::set_base_product(name); }
 int64_t empty_cpu_cache() { return static_cast<int64_t>(peftkern::cpu::empty_buffer_cache()); }
 std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
 
@@ -44,6 +46,7 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
   m.def("set_cpu_isa(str name) -> ()");
+  m.def("set_base_product(str name) -> ()");
   m.def("empty_cpu_cache() -> int");
   m.def("cuda_archs() -> str");
 }
@@ -52,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  m.impl("set_base_product", TORCH_BOX(&set_base_product));
   m.impl("empty_cpu_cache", TORCH_BOX(&empty_cpu_cache));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }

@@ -104,6 +104,8 @@ def _path(layer: BaseWeight) -> str:
             f"NF4 weight (blocks of {layer.nf4_config.block_size}, {scales}) dequantized to the dtype of the "
             "activations each call, then the library product"
         )
+        if device == "cpu" and layer.in_features % layer.nf4_config.block_size == 0:
+            base += ", for up to 8 rows looked up inside our own"
     parts = [kernels, base]
     if isinstance(layer, AdaptedLinear):
         parts.append(_adapter_path(layer))

@@ -128,6 +128,11 @@ SAMPLES = [
     Sample((131,), 515, 70, 17, F32, dropout=0.1),
     Sample((9,), 40, 1030, 20, BF16, NF4Config(128), dropout=0.1),
     Sample((3,), 21, 15, 7, F16, NF4Config(32), F16, dropout=0.2, **ALL),
+    # few rows over NF4, each row of the weight a whole number of blocks: weights are looked up, not dequantized
+    Sample((1,), 192, 37, None, F32, NF4Config(32), bias=True),
+    Sample((2,), 128, 50, 6, BF16, NF4, dropout=0.1, **ALL),
+    Sample((3,), 256, 9, 4, F16, NF4Config(128, double_quant=True), bias=True),
+    Sample((2, 4), 64, 130, 8, BF16, NF4, BF16),
     # ranks: none, zero, one, not a multiple of 8, above the widest register tile
     Sample((8,), 32, 24, None, bias=True),
     Sample((8,), 32, 24, None, BF16, NF4, bias=True),

@@ -213,6 +213,30 @@ def test_seed_follows_torch(device):
     assert torch.equal(run(training=False), peftkern.adapted_linear(x, w, A, B))
 
 
+FEW_ROWS = [s for s in SAMPLES if isinstance(s.weight, NF4Config) and s.fan_in % s.weight.block_size == 0]
+
+
+@pytest.mark.parametrize("sample", [s for s in FEW_ROWS if torch.Size(s.rows).numel() <= 8], ids=str)
+def test_every_base_product_gives_the_same(sample, isa):
+    results = []
+    for name in ("nf4_few_rows", "library"):
+        ops.set_base_product(name)
+        results.append(sample.make().run())
+    ops.set_base_product("")
+    assert_close(results[0], results[1], sample.x, "y")
+
+
+def test_a_forced_base_product_is_not_silently_replaced():
+    ops.set_base_product("nf4_few_rows")
+    try:
+        with pytest.raises(RuntimeError, match='"nf4_few_rows" is forced and takes no 4 rows of this weight'):
+            Sample((4,), 32, 24, None).make().run()
+    finally:
+        ops.set_base_product("")
+    with pytest.raises(RuntimeError, match='base product: expected "nf4_few_rows", "library" or ""'):
+        ops.set_base_product("fast")
+
+
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
     """Offsets past 2^31: an NF4 weight and an activation of 2^31 + 2^16 elements, checked at their far end."""

@@ -46,7 +46,7 @@ def layer_samples(draw):
     weight = draw(st.one_of(DTYPES, st.builds(NF4Config, st.sampled_from(BLOCK_SIZES[:3]), st.booleans())))
     return Sample(
         rows=tuple(draw(st.lists(st.integers(0, 12), min_size=0, max_size=2))),
-        fan_in=draw(st.integers(1, 300)),
+        fan_in=draw(st.one_of(st.integers(1, 300), st.sampled_from([32, 64, 128, 256]))),
         fan_out=draw(st.integers(1, 300)),
         r=r,
         x=draw(DTYPES),

@@ -34,7 +34,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 #endif
 
 const Isa kIsas[] = {
-    // best first
+// best first
 #ifdef __x86_64__
     {has_avx512bf16, avx512bf16_kernels},
     {has_avx512, avx512_kernels},

@@ -34,6 +34,11 @@ struct KernelTable {
 
   void (*quantize_nf4)(const QuantizeNf4&, int64_t block0, int64_t block1);
   void (*dequantize_nf4)(const DequantizeNf4&, int64_t block0, int64_t block1);
+
+  // x as nf4_few_rows wants it: fp32 [rows rounded up to 8, in], zero rows at the end; in each run of 2 * (lanes of the
+  // ISA) columns the even ones come first, as a packed byte holds an even and an odd one.
+  void (*pack_few_rows)(const Nf4FewRows&, float* packed_x);
+  void (*nf4_few_rows)(const Nf4FewRows&, const float* packed_x, int64_t column0, int64_t column1);
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

@@ -55,6 +55,14 @@ void CpuBackend::dequantize_nf4(const DequantizeNf4& a) const {
                [&](int64_t begin, int64_t end) { kernels().dequantize_nf4(a, begin, end); });
 }
 
+void CpuBackend::nf4_few_rows(const Nf4FewRows& a) const {
+  const auto& k = kernels();
+  std::vector<float> packed_x(static_cast<size_t>(ceil_div(a.rows, cpu::kRowUnit) * cpu::kRowUnit * a.in));
+  k.pack_few_rows(a, packed_x.data());
+  parallel_for(0, a.out, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(a.in, 1)),
+               [&](int64_t begin, int64_t end) { k.nf4_few_rows(a, packed_x.data(), begin, end); });
+}
+
 // absmax is 1/block_size of the weight, so plain code is enough here.
 void CpuBackend::quantize_absmax(const QuantizeAbsmax& a) const {
   static const std::array<float, 255> midpoints = dynamic_midpoints();

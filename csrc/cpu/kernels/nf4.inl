@@ -70,3 +70,69 @@ void dequantize_nf4(const DequantizeNf4& a, int64_t block0, int64_t block1) {
     }
   });
 }
+
+// ---- y = x W^T + bias for a few rows --------------------------------------------------------------------------------
+
+template <class T>
+void pack_few_rows_as(const Nf4FewRows& a, float* packed_x) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.in;
+    float* target = packed_x + row * a.in;
+    for (int64_t run = 0; run < a.in; run += 2 * kWidth)
+      for (int64_t i = 0; i < kWidth; ++i) {
+        target[run + i] = to_float(x[run + 2 * i]);
+        target[run + kWidth + i] = to_float(x[run + 2 * i + 1]);
+      }
+  }
+}
+
+void pack_few_rows(const Nf4FewRows& a, float* packed_x) {
+  dispatch(a.x_dtype, [&](auto tag) { pack_few_rows_as<decltype(tag)>(a, packed_x); });
+}
+
+// One column of y for kRows rows: even and odd weights have sums of their own, so that no addition waits for another.
+template <class T, int kRows>
+inline void few_rows_column(const Nf4FewRows& a, const float* packed_x, int64_t row, int64_t column) {
+  F32 even_sum[kRows], odd_sum[kRows];
+  for (int i = 0; i < kRows; ++i) even_sum[i] = odd_sum[i] = zero();
+  const uint8_t* packed = a.packed + column * a.in / 2;
+  const float* absmax = a.absmax + column * (a.in / a.block_size);
+  const float* x = packed_x + row * a.in;
+  for (int64_t block = 0; block < a.in; block += a.block_size) {
+    const CodeValues<T> values(*absmax++);
+    __builtin_prefetch(packed + block / 2 + kAhead);
+    for (int64_t k = block; k < block + a.block_size; k += 2 * kWidth) {
+      F32 even, odd;
+      values.lookup(packed + k / 2, even, odd);
+      for (int i = 0; i < kRows; ++i) {
+        even_sum[i] = fma(load(x + i * a.in + k), even, even_sum[i]);
+        odd_sum[i] = fma(load(x + i * a.in + k + kWidth), odd, odd_sum[i]);
+      }
+    }
+  }
+  for (int i = 0; i < kRows && row + i < a.rows; ++i) {
+    const float sum = sum_lanes(add(even_sum[i], odd_sum[i])) + (a.bias ? a.bias[column] : 0.0f);
+    static_cast<T*>(a.y)[(row + i) * a.out + column] = from_float<T>(sum);
+  }
+}
+
+template <class T>
+void few_rows_columns(const Nf4FewRows& a, const float* packed_x, int64_t column0, int64_t column1) {
+  for (int64_t column = column0; column < column1; ++column)
+    for (int64_t row = 0; row < a.rows; row += kTileRows) {
+      const int64_t left = a.rows - row;
+      if (left == 1) {
+        few_rows_column<T, 1>(a, packed_x, row, column);
+      } else if (left == 2) {
+        few_rows_column<T, 2>(a, packed_x, row, column);
+      } else if (left <= 4 || kTileRows == 4) {
+        few_rows_column<T, 4>(a, packed_x, row, column);
+      } else {
+        few_rows_column<T, kTileRows>(a, packed_x, row, column);
+      }
+    }
+}
+
+void nf4_few_rows(const Nf4FewRows& a, const float* packed_x, int64_t column0, int64_t column1) {
+  dispatch(a.x_dtype, [&](auto tag) { few_rows_columns<decltype(tag)>(a, packed_x, column0, column1); });
+}

@@ -174,4 +174,37 @@ struct NibbleTable<float> {
   }
 };
 
+template <class T>
+inline F32 round_through(F32 a) {
+  T lanes[kWidth];
+  store(lanes, a);
+  return load(lanes);
+}
+
+template <class T>
+struct CodeValues {
+  __m256 low, high;  // values 0..7 and 8..15
+
+  explicit CodeValues(float absmax)
+      : low(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v),
+        high(round_through<T>(mul(load(kNf4Codes + 8), set1(absmax))).v) {}
+
+  F32 of(__m256i code) const {  // bits 0..3 of each lane
+    const __m256 l = _mm256_permutevar8x32_ps(low, code), h = _mm256_permutevar8x32_ps(high, code);
+    return {_mm256_blendv_ps(l, h, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)))};
+  }
+
+  void lookup(const uint8_t* packed, F32& even, F32& odd) const {
+    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    even = of(_mm256_srli_epi32(byte, 4));
+    odd = of(byte);
+  }
+};
+
+inline float sum_lanes(F32 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them

@@ -169,4 +169,26 @@ struct NibbleTable<float> {
   }
 };
 
+template <class T>
+inline F32 round_through(F32 a) {
+  T lanes[kWidth];
+  store(lanes, a);
+  return load(lanes);
+}
+
+template <class T>
+struct CodeValues {
+  __m512 value;
+
+  explicit CodeValues(float absmax) : value(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v) {}
+
+  void lookup(const uint8_t* packed, F32& even, F32& odd) const {  // vpermps reads bits 0..3 of each index
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    even = {_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), value)};
+    odd = {_mm512_permutexvar_ps(byte, value)};
+  }
+};
+
+inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a.v); }
+
 inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them

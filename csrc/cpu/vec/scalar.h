@@ -71,4 +71,19 @@ struct NibbleTable {
   }
 };
 
+// The 16 values a block can take, rounded to T and widened again, and their lookup for kWidth packed bytes.
+template <class T>
+struct CodeValues {
+  float value[16];
+  explicit CodeValues(float absmax) {
+    for (int c = 0; c < 16; ++c) value[c] = to_float(from_float<T>(kNf4Codes[c] * absmax));
+  }
+  void lookup(const uint8_t* packed, F32& even, F32& odd) const {
+    even = {value[*packed >> 4]};
+    odd = {value[*packed & 15]};
+  }
+};
+
+inline float sum_lanes(F32 a) { return a.v; }
+
 inline void fence() {}  // after streaming stores
