@@ -43,7 +43,8 @@ build: $(EXTENSION)
 # $(VENV)/.cuda holds the last PEFTKERN_CUDA, so that another choice builds anew.
 $(EXTENSION): $(VENV)/.base $(VENV)/.cuda setup.py $(shell find csrc -type f)
 	@[ "$(PEFTKERN_CUDA)" != 0 ] || echo "peftkern: the CUDA kernels are left out of this build; PEFTKERN_CUDA=1 compiles them"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p build && echo "building $(EXTENSION) (build/build.log)"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace > build/build.log 2>&1 || (cat build/build.log; false)
 	@touch $@
 
 $(VENV)/.cuda: $(VENV)/.base FORCE
