@@ -37,7 +37,7 @@ struct Terms {
 
   void check(const Tensor& x, const char* x_name, double dropout_p, const OptionalTensor& seed) {
     if (absmax) {
-      check_nf4(weight, *absmax, out * in, block_size);
+      check_nf4(weight, *absmax, element_count({out, in}, "weight"), block_size);
     } else {
       dtype_of(weight, "weight");
       check_shape(weight, {out, in}, "weight");
@@ -87,6 +87,12 @@ inline const float* const_floats(const OptionalTensor& t) { return t ? const_flo
 // A small vector as the kernels take it.
 inline OptionalTensor float_vector(const OptionalTensor& t) {
   return t ? OptionalTensor(dense(to_dtype(*t, ScalarType::Float))) : std::nullopt;
+}
+
+// A result in its final shape. Not a view: autograd forbids users to modify a view that a Function returns in place, as
+// nn.ReLU(inplace=True) and `y += x` do.
+inline Tensor reshaped(const Tensor& t, const std::vector<int64_t>& shape) {
+  return call_aten("aten::_unsafe_view", "", t, shape);
 }
 
 inline Tensor times(const Tensor& a, const Tensor& b) { return call_aten("aten::mul", "Tensor", a, b); }
@@ -150,8 +156,7 @@ Tensor base_product(const Backend& backend, const Terms& t, const Tensor& x, con
     if (!forced.empty() && forced != row.name) continue;
     if (row.accepts(t, x.size(0))) return row.make(backend, t, x, bias);
   }
-  PEFTKERN_CHECK(false, "base product: \"", forced, "\" is forced and takes no ", x.size(0), " rows of this weight");
-  return x;
+  fail("base product: \"", forced, "\" is forced and takes no ", x.size(0), " rows of this weight");
 }
 
 // y [..., out]; h [rows, rank] float32 if save_h, else [0]; z [rows, out] if save_z, else [0].
@@ -220,10 +225,11 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
                          .y = y.mutable_data_ptr(),
                          .y_dtype = x_dtype});
   }
-  return {torch::stable::view(y, shape), h, z};
+  return {reshaped(y, shape), h, z};
 }
 
-// dx [..., in], dA, dB, dlam, dout_scale, dbias [out] in the dtype of grad; [0] where `needs` does not ask.
+// dx [..., in] in the dtype of grad; dA, dB, dlam, dout_scale in that of their parameter; dbias [out] float32, as the
+// dtype of bias is not known here; [0] where `needs` does not ask.
 // x is read only for dA, h for dB and dlam, z for dout_scale.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
@@ -264,9 +270,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   Tensor dB = needed(kNeedsB, {t.out, t.rank}, type_of(B));
   Tensor dlam = needed(kNeedsLam, {t.rank}, type_of(lam));
   Tensor dout_scale = needed(kNeedsOutScale, {t.out}, type_of(out_scale));
-  Tensor dbias = needed(kNeedsBias, {t.out}, dtype);
+  Tensor dbias = needed(kNeedsBias, {t.out}, ScalarType::Float);
 
-  if (needs & kNeedsBias) dbias = to_dtype(column_sums(g, std::nullopt, t.out), dtype);
+  if (needs & kNeedsBias) dbias = column_sums(g, std::nullopt, t.out);
   if (needs & kNeedsOutScale) {
     PEFTKERN_CHECK(z && out_scale, "z and out_scale: expected both for the gradient of out_scale");
     check_shape(*z, {rows, t.out}, "z");
@@ -348,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
                            .y = dx.mutable_data_ptr(),
                            .y_dtype = grad_dtype});
     }
-    dx = torch::stable::view(dx, shape);
+    dx = reshaped(dx, shape);
   }
   return {dx, dA, dB, dlam, dout_scale, dbias};
 }

@@ -17,8 +17,6 @@ struct f16_t {
   uint16_t bits;
 };
 
-inline size_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
-
 // dispatch(dtype, [&](auto tag) { using T = decltype(tag); ... });
 template <class F>
 void dispatch(DType t, F&& f) {

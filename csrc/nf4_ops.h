@@ -62,12 +62,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size) {
 template <class Backend>
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t block_size, std::vector<int64_t> shape,
                       ScalarType dtype) {
-  int64_t n = 1;
-  for (int64_t size : shape) {
-    PEFTKERN_CHECK(size >= 0, "shape: expected sizes >= 0, got ", shape_string(shape));
-    n *= size;
-  }
-  check_nf4(packed, absmax, n, block_size);
+  check_nf4(packed, absmax, element_count(shape, "shape"), block_size);
   return dequantize(Backend(packed), packed, absmax, block_size, shape, dtype);
 }
 

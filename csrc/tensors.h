@@ -8,6 +8,8 @@
 
 #include <array>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,13 +21,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-#define PEFTKERN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+// Throws what Python sees as a RuntimeError. Not STD_TORCH_CHECK: that puts the file of the build machine before the
+// text.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+#define PEFTKERN_CHECK(condition, ...) \
+  do {                                 \
+    if (!(condition)) {                \
+      ::peftkern::fail(__VA_ARGS__);   \
+    }                                  \
+  } while (false)
 
 template <class Sizes>
 std::string shape_string(const Sizes& sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
+}
+
+// The product of the sizes, which a damaged file may have made larger than any memory.
+inline int64_t element_count(const std::vector<int64_t>& shape, const char* argument) {
+  int64_t n = 1;
+  for (int64_t size : shape) {
+    PEFTKERN_CHECK(size >= 0 && !__builtin_mul_overflow(n, size, &n) && n <= (int64_t{1} << 60), argument,
+                   ": expected sizes >= 0 of at most 2^60 elements, got ", shape_string(shape));
+  }
+  return n;
 }
 
 inline const char* name_of(ScalarType t) { return torch::headeronly::toString(t); }
@@ -35,9 +61,7 @@ inline DType dtype_of(const Tensor& t, const char* argument) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default:
-      PEFTKERN_CHECK(false, argument, ": expected dtype float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
-      return DType::f32;
+    default: fail(argument, ": expected dtype float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
   }
 }
 

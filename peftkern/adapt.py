@@ -29,6 +29,8 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     nf4 = quantize_config(quantize)
     if next(adapted_layers(model), None) is not None:
         raise ValueError("model: expected one without adapters, got one that adapt() has been called on")
+    if any(type(m).__module__.startswith("peft.") for m in model.modules()):
+        raise ValueError("model: expected one without adapters, got one with HF PEFT's; call merge_and_unload() first")
     targets = find_targets(model, config)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     replacements: dict[int, nn.Module] = {}
@@ -94,6 +96,10 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> Non
         for name, child in parent._modules.items():
             if id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # In eval mode its fast path reads the weights of its layers instead of calling them; this is the
+                    # attribute with which torch itself turns that off.
+                    parent.activation_relu_or_gelu = 0
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -202,6 +208,8 @@ def memory_footprint(model: nn.Module) -> dict[str, float]:
             if p.requires_grad and size:
                 report["trainable_bytes"] += size
                 report["trainable_params"] += p.numel()
+        for p in (getattr(module, "_unmerged", None) or {}).values():  # kept aside while merged
+            report["total_bytes"] += new_bytes(p)
         for b in module.buffers(recurse=False):
             size = new_bytes(b)
             report["total_bytes"] += size

@@ -153,7 +153,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _read_config_file(path: Path) -> LoraConfig:
     try:
         values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of bytes that are no text, of numbers and nesting without end
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -43,6 +43,21 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_lora(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            if not (names or isinstance(value, str) or (value is None and name == "exclude_modules")):
+                raise ValueError(f"{name}: expected a list of names or a pattern, got {value!r}")
+            if isinstance(value, str):
+                _check_pattern(name, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}: expected a dict of pattern: value, got {value!r}")
+            for pattern in value:
+                _check_pattern(name, pattern)
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
         if self.bias not in BIAS:
             raise ValueError(f"bias: expected one of {BIAS}, got {self.bias!r}")
         if not self.target_modules:
@@ -64,6 +79,13 @@ class LoraConfig:
         """The content of an ``adapter_config.json`` of HF PEFT."""
         values = dataclasses.asdict(self)
         return {**values, "peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": False}
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: expected a regular expression, got {pattern!r}: {error}") from error
 
 
 def matches(name: str, patterns: str | list[str] | None) -> bool:

@@ -39,12 +39,14 @@ def empty_cpu_cache() -> int:
 
 def info() -> dict[str, str]:
     """Versions, what was compiled, what this machine runs: the lines of ``peftkern info``."""
+    from . import __version__
+
     archs = ops.cuda_archs()
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     report = {
-        "peftkern": _version("peftkern"),
+        "peftkern": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu isa": f"{cpu_isa()} (this machine can run {', '.join(ops.cpu_isas())})",

@@ -16,8 +16,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def same_start():
+    """A fixed seed, and afterwards no choice that a test has forced."""
     torch.manual_seed(0)
+    yield
+    peftkern.set_cpu_isa("")
+    ops.set_base_product("")
 
 
 @pytest.fixture(params=DEVICES)
@@ -28,10 +32,8 @@ def device(request):
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test once for each instruction set of this machine."""
-    chosen = peftkern.cpu_isa()
     peftkern.set_cpu_isa(request.param)
-    yield request.param
-    peftkern.set_cpu_isa(chosen)
+    return request.param
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def _make(s: Sample, device: str) -> Call:
     if s.out_scale:
         trainable["out_scale"] = normal(s.fan_out, dtype=s.adapter)
     if s.bias:
-        trainable["bias"] = normal(s.fan_out, dtype=s.x)
+        trainable["bias"] = normal(s.fan_out, dtype=s.adapter)
     x = normal(*s.rows, s.fan_in, dtype=s.x)
     return Call(x, weight, trainable, 0.7, s.dropout, torch.tensor(0x1234_5678_9ABC_DEF, device=device))
 

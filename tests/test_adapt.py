@@ -453,3 +453,44 @@ def test_merged_nf4_model_is_requantized(llama):
     plain = llama.model.layers[1].mlp.up_proj
     assert torch.equal(plain.dequantize(F32), peftkern.dequantize_nf4(peftkern.quantize_nf4(exact, 32), F32))
     assert_close(plain.dequantize(F32), exact, F32, slack=0.2 / 1e-5)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_transformer_encoder_uses_its_adapters_in_eval_mode(quantize):
+    """torch's fast path would read the weights of its layers and never call them."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    peftkern.adapt(model, peftkern.LoraConfig(r=2, init_lora_weights=False), quantize=quantize)
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+
+
+def test_hooks_and_replaced_forwards_are_not_lost_silently():
+    hooked, replaced = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda module, args, output: output * 0)
+    replaced[0].forward = lambda x: x * 0
+    for model in (hooked, replaced):
+        with pytest.raises(TypeError, match="0: linear: expected a plain nn.Linear, got one with forward hooks"):
+            peftkern.adapt(model, peftkern.LoraConfig(r=2))
+        assert type(model[0]) is nn.Linear
+
+
+def test_a_peft_model_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="got one with HF PEFT's"):
+        peftkern.adapt(model, peftkern.LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", "("), ("target_modules", 5), ("target_modules", [1]), ("exclude_modules", "("),
+        ("exclude_modules", 3), ("rank_pattern", [1]), ("rank_pattern", {"(": 1}), ("alpha_pattern", {"(": 1.0}),
+        ("alpha_pattern", "x"), ("use_rslora", "no"),
+    ],
+)  # fmt: skip
+def test_bad_config_values_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        peftkern.LoraConfig(**{field: value})

@@ -34,7 +34,8 @@ def test_gradients_equal_reference(sample, device, isa):
     for name, t in call.inputs().items():
         assert t.grad is not None and t.grad.dtype == t.dtype, name
         coarser = max(sample.x, t.dtype, key=lambda d: torch.finfo(d).eps)
-        assert_close(t.grad, leaves[name].grad, coarser, f"d{name}", slack=2.0)
+        dtype = t.dtype if name == "bias" else coarser  # a plain sum: rounded once, to the dtype of bias
+        assert_close(t.grad, leaves[name].grad, dtype, f"d{name}", slack=2.0)
 
 
 @pytest.mark.parametrize("sample", SMALL, ids=str)
@@ -80,7 +81,7 @@ def test_gradcheck_with_dropout(device):
 
 @samples
 def test_every_isa_equals_scalar(sample):
-    """Elementwise work is bit-equal; sums may differ by their order only."""
+    """They may differ by the order of sums only."""
     results = {}
     for name in ops.cpu_isas():
         peftkern.set_cpu_isa(name)
@@ -88,7 +89,6 @@ def test_every_isa_equals_scalar(sample):
         y = call.run()
         y.sum().backward()
         results[name] = {"y": y.detach(), **{f"d{k}": t.grad for k, t in call.inputs().items()}}
-    peftkern.set_cpu_isa("")
     for name, got in results.items():
         for key, t in got.items():
             assert_close(t, results["scalar"][key], t.dtype, f"{key} of {name}")
@@ -222,17 +222,13 @@ def test_every_base_product_gives_the_same(sample, isa):
     for name in ("nf4_few_rows", "library"):
         ops.set_base_product(name)
         results.append(sample.make().run())
-    ops.set_base_product("")
     assert_close(results[0], results[1], sample.x, "y")
 
 
 def test_a_forced_base_product_is_not_silently_replaced():
     ops.set_base_product("nf4_few_rows")
-    try:
-        with pytest.raises(RuntimeError, match='"nf4_few_rows" is forced and takes no 4 rows of this weight'):
-            Sample((4,), 32, 24, None).make().run()
-    finally:
-        ops.set_base_product("")
+    with pytest.raises(RuntimeError, match='"nf4_few_rows" is forced and takes no 4 rows of this weight'):
+        Sample((4,), 32, 24, None).make().run()
     with pytest.raises(RuntimeError, match='base product: expected "nf4_few_rows", "library" or ""'):
         ops.set_base_product("fast")
 
@@ -305,6 +301,32 @@ def test_a_trainable_weight_is_refused():
     w = torch.zeros(24, 32, requires_grad=True)
     with pytest.raises(NotImplementedError, match="weight: expected requires_grad=False"):
         peftkern.adapted_linear(torch.zeros(4, 32), w)
+
+
+@pytest.mark.parametrize("rows", [(4,), (2, 3), ()], ids=str)
+def test_results_may_be_modified_in_place(rows):
+    """nn.ReLU(inplace=True) after a layer, and `y += x`: autograd forbids both on views."""
+    call = Sample(rows, 24, 24, 4, dropout=0.2, bias=True).make()
+    plain = call.copy()
+    y = call.run()
+    y += call.x
+    y.relu_()
+    y.sum().backward()
+    torch.relu(plain.run() + plain.x).sum().backward()
+    assert torch.equal(call.x.grad, plain.x.grad)
+    (dx,) = torch.autograd.grad(plain.run().sum(), plain.x)
+    dx += 1
+
+
+def test_messages_hold_no_file_of_the_build_machine():
+    with pytest.raises(RuntimeError) as error:
+        peftkern.adapted_linear(torch.ones(2, 8).double(), torch.ones(4, 8))
+    assert str(error.value).startswith("x: expected dtype")
+
+
+def test_autocast_leaves_float64_to_the_check():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="x: expected dtype .* got Double"):
+        peftkern.adapted_linear(torch.ones(2, 8).double(), torch.ones(4, 8))
 
 
 def test_double_backward_is_refused():

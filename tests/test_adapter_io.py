@@ -428,3 +428,23 @@ def test_qlora_layers_save_like_lora_layers(tmp_path):
     other = nn.Sequential(QLoRALinear(64, 8, r=2))
     peftkern.load_adapter(other, tmp_path)
     assert equal(adapter_of(other), adapter_of(model))
+
+
+def test_a_failure_between_the_two_renames_rolls_back(tmp_path, monkeypatch):
+    """Old weights and old config, or new ones; not one of each."""
+    old, new = (peftkern.adapt(nn.Sequential(nn.Linear(64, 8)), peftkern.LoraConfig(r=r)) for r in (2, 4))
+    peftkern.save_adapter(old, tmp_path)
+    replace, calls = os.replace, []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="what was there before is kept"):
+        peftkern.save_adapter(new, tmp_path)
+    monkeypatch.undo()
+    peftkern.load_adapter(old, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -560,3 +560,19 @@ def test_on_the_meta_device(make):
     layer = make()
     assert layer(torch.randn(3, 64, device="meta")).shape == (3, 32)
     assert layer.to_empty(device="cpu").weight.device.type == "cpu"
+
+
+def test_weights_in_one_flat_buffer_at_odd_offsets():
+    """As sharded training lays parameters out: the float32 scales then start at any byte."""
+    layer = NF4Linear(64, 32, double_quant=True)
+    state = layer.state_dict()
+    quantized = {name: t for name, t in state.items() if t.dtype == torch.uint8}
+    flat, at = torch.zeros(1 + sum(t.numel() for t in quantized.values()), dtype=torch.uint8), 1
+    for name, t in quantized.items():
+        flat[at : at + t.numel()] = t.reshape(-1)
+        state[name] = flat[at : at + t.numel()].view(t.shape)
+        at += t.numel()
+    other = NF4Linear(64, 32, double_quant=True)
+    other.load_state_dict(state, assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), layer(x))

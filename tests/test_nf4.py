@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NF4 against its definition, bit for bit, on every instruction set and device."""
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 from samples import BF16, F16, F32, NF4_SAMPLES, NF4Sample
@@ -155,18 +159,48 @@ def test_bad_arguments_are_named():
     q = peftkern.quantize_nf4(torch.randn(4, 64))
     with pytest.raises(TypeError, match=r"dtype: expected float32, bfloat16 or float16, got torch\.int8"):
         peftkern.dequantize_nf4(q, torch.int8)
-    for packed, absmax, message in [
-        (q.packed[:3], q.absmax, "packed: expected 128 bytes for 256 weights, got 96"),
-        (q.packed.int(), q.absmax, "packed: expected dtype Byte, got Int"),
-        (q.packed, q.absmax[:2], "absmax: expected 4 values for 256 weights in blocks of 64, got 2"),
-        (q.packed, q.absmax.double(), "absmax: expected dtype Float, got Double"),
+    for packed, absmax, message, raw_message in [
+        (q.packed[:3], q.absmax, "q.packed: expected 128 values", "packed: expected 128 bytes for 256 weights, got 96"),
+        (q.packed.int(), q.absmax, "got 128 of torch.int32", "packed: expected dtype Byte, got Int"),
+        (q.packed, q.absmax[:2], "q.absmax: expected 4 values", "absmax: expected 4 values for 256 weights"),
+        (q.packed, q.absmax.double(), "got 4 of torch.float64", "absmax: expected dtype Float, got Double"),
     ]:
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             peftkern.dequantize_nf4(NF4Weight(packed, absmax, 64, (4, 64), F32))
+        with pytest.raises(RuntimeError, match=raw_message):
+            ops.dequantize_nf4(packed, absmax, 64, [4, 64], F32)
+    with pytest.raises(RuntimeError, match=r"shape: expected sizes >= 0 of at most 2\^60 elements"):
+        ops.dequantize_nf4(torch.zeros(2**21, dtype=torch.uint8), torch.ones(2**16), 64, [2**22, 2**42 + 1], F32)
     with pytest.raises(RuntimeError, match="nested_absmax: expected 1 values for 4 codes, got 2"):
         ops.dequantize_absmax(torch.zeros(4, dtype=torch.uint8), torch.ones(2), torch.zeros(()))
     with pytest.raises(RuntimeError, match="shape: expected sizes >= 0"):
         ops.dequantize_nf4(q.packed, q.absmax, 64, [-4, 64], F32)
+
+
+def test_fork_while_threads_use_the_buffer_cache():
+    """A child must not find the lock of the buffer cache held by a thread that it does not have."""
+    q, done = peftkern.quantize_nf4(torch.randn(2048, 1536)), threading.Event()
+
+    def work():
+        while not done.is_set():
+            ops.dequantize_nf4(q.packed, q.absmax, 64, [2048, 1536], F32)
+            peftkern.empty_cpu_cache()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for t in threads:
+        t.start()
+    try:
+        for _ in range(40):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # a hang ends in a signal
+                ops.empty_cpu_cache()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        for t in threads:
+            t.join()
 
 
 def test_zero_sized_shapes():

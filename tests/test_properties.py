@@ -37,7 +37,6 @@ def test_nf4_is_its_definition(shape, dtype, block_size, double_quant, exponent,
     assert torch.equal(q.float_absmax(), absmax)
     expected = reference.dequantize_nf4(packed, absmax, block_size, tuple(shape), dtype)
     assert torch.equal(peftkern.dequantize_nf4(q), expected)
-    peftkern.set_cpu_isa("")
 
 
 @st.composite
@@ -75,4 +74,3 @@ def test_adapted_linear_is_the_formula(sample, isa):
     for name, t in call.inputs().items():
         coarser = max(sample.x, t.dtype, key=lambda d: torch.finfo(d).eps)
         assert_close(t.grad, leaves[name].grad, coarser, f"d{name}", 2 * slack)
-    peftkern.set_cpu_isa("")

@@ -7,6 +7,7 @@
 #include <new>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -27,10 +28,20 @@ struct Cache {
   size_t bytes = 0;
 };
 
+Cache* make_cache();
+
 // Never destroyed: tensors may outlive every static object.
 Cache& cache() {
-  static Cache* const instance = new Cache;
+  static Cache* const instance = make_cache();
   return *instance;
+}
+
+// Held across a fork, so that a child never finds it locked by a thread that it does not have.
+Cache* make_cache() {
+#ifdef __linux__
+  pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
+#endif
+  return new Cache;
 }
 
 size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }

@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..ops.nf4 import BLOCK_SIZES
 from .errors import FinetuneError, Interrupted
-from .options import BLOCK_SIZES, DEFAULT_STEPS, DTYPES, METHODS, Options
+from .options import DEFAULT_STEPS, DTYPES, METHODS, Options
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -82,7 +82,7 @@ def load_corpus(path: str | None) -> Corpus:
     if file.suffix not in (".txt", ".jsonl"):
         raise FinetuneError(f"--data: expected a file ending in .txt or .jsonl, got {path!r}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise FinetuneError(f"--data: cannot read {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -141,7 +141,7 @@ def _read_jsonl(path: str, text: str) -> Corpus:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise FinetuneError(f"{where}: expected one JSON object, got {_short(line)} ({error})") from error
         row_kind, document = _parse_row(row, where)
         if kind is None:

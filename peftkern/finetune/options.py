@@ -7,11 +7,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..ops.nf4 import BLOCK_SIZES
 from .errors import FinetuneError
 
 METHODS = ("lora", "qlora")
 DTYPES = ("bf16", "fp32")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_STEPS = 40
 
 # A resumed run may have other values of these. For steps and epochs the resulting number of steps is compared instead.

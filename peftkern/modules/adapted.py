@@ -55,15 +55,14 @@ class AdaptedLinear(BaseWeight):
         quantized = isinstance(original, NF4Weight)
         dense = dequantize_nf4(original, torch.float32) if quantized else original.float()
         merged = dense + self.delta_weight()
-        if not quantized:
-            merged = merged.to(original.dtype)
-        if safe and not bool(torch.isfinite(merged).all()):
+        rounded = merged.to(original.dtype)
+        if safe and not bool(torch.isfinite(rounded).all()):
             raise ValueError("merge: expected finite merged weights, got NaN or infinity; the layer is unchanged")
         if quantized:
             requantized = quantize_nf4(merged, original.block_size, original.double_quant)
             new: Tensor | NF4Weight = replace(requantized, dtype=original.dtype)
         else:
-            new = merged
+            new = rounded
         kept = {name: p for name, p in self._parameters.items() if name in WEIGHT_NAMES and p is not None}
         self.set_base_weight(new)
         self._unmerged = kept

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Config, NF4Weight, quantize_nf4
+from ..ops.library import FLOAT_DTYPES
 from ..ops.nf4 import check_weight
 
 WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
@@ -22,6 +23,13 @@ WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
 
 def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
+
+
+def _floats(t: Tensor) -> Tensor:
+    """float32 values from their bytes; where these lie at an odd offset of a larger buffer, from a copy."""
+    if not torch.compiler.is_compiling() and t.storage_offset() % 4:
+        t = t.clone()
+    return t.view(torch.float32)
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -50,13 +58,16 @@ class BaseWeight(nn.Module):
     quantized_dtype: torch.dtype | None = None  # NF4: what was quantized, the default dtype of dequantize
 
     def set_base_weight(self, weight: Tensor | NF4Weight) -> None:
-        """Holds weight, [out_features, in_features], sharing its storage. Raises ValueError if it does not fit."""
+        """Holds weight, [out_features, in_features], sharing its storage. Raises ValueError for another
+        shape, TypeError for another dtype than float32, bfloat16 and float16."""
         expected = (self.out_features, self.in_features)
         if tuple(weight.shape) != expected:
             raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
         quantized = isinstance(weight, NF4Weight)
         if quantized:
             check_weight(weight, "weight")
+        elif weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}")
         self.nf4_config = NF4Config(weight.block_size, weight.double_quant) if quantized else None
         self.quantized_dtype = weight.dtype if quantized else None
         self._replace_weight_parameters(weight_parameters(weight))
@@ -77,9 +88,8 @@ class BaseWeight(nn.Module):
         assert self.quantized_dtype is not None
         shape = (self.out_features, self.in_features)
         if not config.double_quant:
-            absmax = self.absmax.view(torch.float32)
-            return NF4Weight(self.weight, absmax, config.block_size, shape, self.quantized_dtype)
-        nested, offset = self.nested_absmax.view(torch.float32), self.absmax_offset.view(torch.float32)
+            return NF4Weight(self.weight, _floats(self.absmax), config.block_size, shape, self.quantized_dtype)
+        nested, offset = _floats(self.nested_absmax), _floats(self.absmax_offset)
         return NF4Weight(self.weight, self.absmax, config.block_size, shape, self.quantized_dtype, nested, offset)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

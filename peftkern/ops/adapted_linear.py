@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .library import ops
+from .library import FLOAT_DTYPES, ops
 from .nf4 import NF4Weight
 
 _forward = ops.adapted_linear.default
@@ -63,7 +63,7 @@ class _AdaptedLinear(torch.autograd.Function):
             grad, x, weight, _float_absmax(absmax, nested_absmax, offset), ctx.block_size, ctx.in_features, h, z, A, B,
             lam, out_scale, ctx.scaling, ctx.dropout_p, seed, needs,
         )  # fmt: skip
-        if needs & NEEDS_BIAS and dbias.dtype != ctx.bias_dtype:
+        if needs & NEEDS_BIAS:
             dbias = dbias.to(ctx.bias_dtype)
         return (
             dx if wants[0] else None, None, None, None, None, dA if wants[5] else None, dB if wants[6] else None,
@@ -121,7 +121,7 @@ def adapted_linear(
             raise RuntimeError(f"weight: expected shape [out, in], got {list(weight.shape)}")
         out_features, block_size = weight.shape[0], 64
         packed, absmax, nested_absmax, offset = weight, None, None, None
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if x.dtype in FLOAT_DTYPES and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not training or A is None:
         dropout_p, seed = 0.0, None
@@ -194,5 +194,5 @@ def _(grad, x, weight, absmax, block_size, in_features, h, z, A, B, lam, out_sca
     return (
         like(NEEDS_X, grad, (*grad.shape[:-1], in_features)), like(NEEDS_A, A, (rank, in_features)),
         like(NEEDS_B, B, (out_features, rank)), like(NEEDS_LAM, lam, (rank,)),
-        like(NEEDS_OUT_SCALE, out_scale, (out_features,)), like(NEEDS_BIAS, grad, (out_features,)),
+        like(NEEDS_OUT_SCALE, out_scale, (out_features,)), like(NEEDS_BIAS, None, (out_features,)),
     )  # fmt: skip

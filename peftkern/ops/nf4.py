@@ -185,11 +185,13 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = False) ->
 def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """``code * absmax`` in float32, rounded once to dtype (default: q.dtype). Shape: q.shape.
 
-    Raises TypeError for a dtype other than float32, bfloat16 and float16, RuntimeError if q's parts do not fit.
+    Raises TypeError for a dtype other than float32, bfloat16 and float16, ValueError if q's parts do not fit.
     """
     dtype = q.dtype if dtype is None else dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if not torch.compiler.is_compiling():
+        check_weight(q, "q")
     return _dequantize_nf4(q.packed, q.float_absmax(), q.block_size, list(q.shape), dtype)
 
 
