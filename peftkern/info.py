@@ -107,7 +107,7 @@ def _path(layer: BaseWeight) -> str:
             "activations each call, then the library product"
         )
         if device == "cpu" and layer.in_features % layer.nf4_config.block_size == 0:
-            base += ", for up to 8 rows looked up inside our own"
+            base += "; a few rows: looked up inside a product of our own instead"
     parts = [kernels, base]
     if isinstance(layer, AdaptedLinear):
         parts.append(_adapter_path(layer))
