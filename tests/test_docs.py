@@ -101,3 +101,10 @@ def test_pip_install(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert out.stdout.split() == [str(tmp_path / "site" / "peftkern" / "__init__.py"), "0.1.0"], out.stderr
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(example):
+    pytest.importorskip("transformers")
+    out = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
