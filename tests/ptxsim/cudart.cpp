@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// A CUDA runtime that runs nothing: what nvcc's host code calls, with every kernel launch handed to a callback. Linked
+// to the package's own launchers instead of libcudart, it shows what they ask for: kernel, grid, block, dynamic shared
+// memory, arguments. What the real runtime refuses is refused here, with the same error.
+//
+// Only what the launchers use is here. A launcher that starts to call another runtime function fails to link (-z defs)
+// until that function is added.
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+
+// Returns a cudaError_t: the simulator refuses blocks above the launch bounds and passes its own failures on.
+using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared_memory,
+                               void* stream, void** arguments);
+
+struct Kernel {
+  std::string name;                    // mangled, as in the PTX
+  int max_dynamic_shared = 48 * 1024;  // cudaFuncSetAttribute raises it
+};
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared_memory;
+  void* stream;
+};
+
+constexpr int kMaxSharedMemory = 227 * 1024;  // of a block, sm_90 and sm_100; sm_80 has 163 KB
+
+LaunchCallback callback = nullptr;
+thread_local cudaError_t last_error = cudaSuccess;  // the first one not yet asked for
+
+// As in the real runtime, each thread has its own error and its own launches.
+// Functions, as other static objects may use them before this file's would be made.
+std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> map;
+  return map;
+}
+std::vector<Configuration>& configurations() {
+  static thread_local std::vector<Configuration> stack;
+  return stack;
+}
+
+cudaError_t record(cudaError_t error) {
+  if (last_error == cudaSuccess) last_error = error;
+  return error;
+}
+
+bool valid(dim3 grid, dim3 block) {
+  const bool grid_fits =
+      grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+  const bool block_fits = block.x >= 1 && block.y >= 1 && block.z >= 1 && block.z <= 64 &&
+                          static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
+  return grid_fits && block_fits;
+}
+
+}  // namespace
+
+extern "C" {
+
+void cudart_set_callback(LaunchCallback f) { callback = f; }
+// An error that a launcher left behind without returning it.
+int cudart_pending_error() { return last_error; }
+void cudart_clear_error() { last_error = cudaSuccess; }
+
+// ---- registration, called by the static initializers of every .cu file
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  kernels()[stub].name = name;
+}
+// Module data lives in the simulator, which reads its values from the PTX.
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+char __cudaInitModule(void**) { return 1; }
+
+// ---- kernel<<<grid, block, shared_memory, stream>>>(arguments)
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_memory, struct CUstream_st* stream) {
+  configurations().push_back({grid, block, shared_memory, stream});
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_memory, void* stream) {
+  const Configuration top = configurations().back();
+  configurations().pop_back();
+  *grid = top.grid, *block = top.block, *shared_memory = top.shared_memory;
+  std::memcpy(stream, &top.stream, sizeof(void*));
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
+  std::memcpy(kernel, &stub, sizeof(stub));
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
+                             cudaStream_t stream) {
+  const auto kernel = kernels().find(stub);
+  if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
+  if (!valid(grid, block)) return record(cudaErrorInvalidConfiguration);
+  if (shared_memory > static_cast<size_t>(kernel->second.max_dynamic_shared)) return record(cudaErrorInvalidValue);
+  const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
+  return record(static_cast<cudaError_t>(
+      callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory, stream, arguments)));
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_memory, stream);
+}
+
+// ---- the rest
+cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
+  const auto kernel = kernels().find(stub);
+  if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || value > kMaxSharedMemory) return record(cudaErrorInvalidValue);
+    kernel->second.max_dynamic_shared = value;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidDeviceFunction: return "invalid device function";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    default: return "unrecognized error code";
+  }
+}
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+
+}  // extern "C"

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers with one mistake each, for the tests of cudart.cpp.
+#include <cuda_runtime_api.h>
+
+__global__ void nothing() {}
+
+extern "C" {
+
+int no_blocks() {
+  nothing<<<0, 32>>>();
+  return cudaGetLastError();
+}
+int too_many_threads() {
+  nothing<<<1, 1056>>>();
+  return cudaGetLastError();
+}
+int grid_y_too_large() {
+  nothing<<<dim3(1, 65536), 32>>>();
+  return cudaGetLastError();
+}
+int shared_memory_without_attribute() {
+  nothing<<<1, 32, 60 * 1024>>>();
+  return cudaGetLastError();
+}
+int attribute_too_large() {
+  cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 256 * 1024);
+  return cudaGetLastError();
+}
+int shared_memory_with_attribute() {
+  cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 60 * 1024);
+  nothing<<<1, 32, 60 * 1024>>>();
+  return cudaGetLastError();
+}
+int forgotten_error() {
+  nothing<<<0, 32>>>();
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The argument structs of csrc/low_rank.h and csrc/nf4.h in ctypes, and what memory each one names.
+
+`cudart.py` compiles static_asserts from this file, so a struct that changes there does not build here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+F32, BF16, F16 = range(3)
+"""DType of csrc/dtypes.h."""
+
+READ, WRITE, UPDATE = "read", "write", "update"
+
+STREAM = 0x57
+"""The stream that the launchers are given, and have to use."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One pointer of a struct, as a path to its field, and the memory that a kernel may touch through it."""
+
+    path: str
+    nbytes: int
+    access: str  # READ; WRITE: uninitialised before, written completely after; UPDATE: read and written
+
+    def address(self, args: ctypes.Structure) -> int:
+        return _get(args, self.path) or 0
+
+    def set_address(self, args: ctypes.Structure, address: int) -> None:
+        *parents, field = self.path.split(".")
+        for parent in parents:
+            args = getattr(args, parent)
+        setattr(args, field, address)
+
+
+def _get(args: Any, path: str) -> Any:
+    for field in path.split("."):
+        args = getattr(args, field)
+    return args
+
+
+def size_of(dtype: int) -> int:
+    return 4 if dtype == F32 else 2
+
+
+class Dropout(ctypes.Structure):
+    _fields_ = [("seed", c_void_p), ("threshold", c_uint32), ("scale", c_float)]
+
+
+class Factor(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int32), ("rank_major", c_bool)]
+
+
+class LowRankDown(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("columns", c_int64), ("rank", c_int64),
+        ("factor", Factor), ("alpha", c_float), ("dropout", Dropout), ("out", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("x", self.rows * self.columns * size_of(self.x_dtype), READ)
+        yield Operand("factor.data", self.columns * self.rank * size_of(self.factor.dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("out", self.rows * self.rank * 4, WRITE)
+
+
+class LowRankUp(ctypes.Structure):
+    _fields_ = [
+        ("u", c_void_p), ("rows", c_int64), ("columns", c_int64), ("rank", c_int64), ("factor", Factor),
+        ("alpha", c_float), ("dropout", Dropout), ("out_scale", c_void_p), ("bias", c_void_p), ("z", c_void_p),
+        ("y", c_void_p), ("y_dtype", c_int32),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        matrix = self.rows * self.columns * size_of(self.y_dtype)
+        yield Operand("u", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", self.columns * self.rank * size_of(self.factor.dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("out_scale", self.columns * 4, READ)
+        yield Operand("bias", self.columns * 4, READ)
+        yield Operand("z", matrix, WRITE)
+        yield Operand("y", matrix, UPDATE)
+
+
+class LowRankGrad(ctypes.Structure):
+    _fields_ = [
+        ("u", c_void_p), ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("columns", c_int64),
+        ("rank", c_int64), ("alpha", c_float), ("dropout", Dropout), ("grad", c_void_p), ("grad_dtype", c_int32),
+        ("rank_major", c_bool),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("u", self.rows * self.rank * 4, READ)
+        yield Operand("x", self.rows * self.columns * size_of(self.x_dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("grad", self.columns * self.rank * size_of(self.grad_dtype), WRITE)
+
+
+class ColumnSums(ctypes.Structure):
+    _fields_ = [
+        ("g", c_void_p), ("z", c_void_p), ("g_dtype", c_int32), ("rows", c_int64), ("columns", c_int64),
+        ("out", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        matrix = self.rows * self.columns * size_of(self.g_dtype)
+        yield Operand("g", matrix, READ)
+        yield Operand("z", matrix, READ)
+        yield Operand("out", self.columns * 4, WRITE)
+
+
+class QuantizeNf4(ctypes.Structure):
+    _fields_ = [
+        ("w", c_void_p), ("w_dtype", c_int32), ("n", c_int64), ("block_size", c_int64), ("packed", c_void_p),
+        ("absmax", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("w", self.n * size_of(self.w_dtype), READ)
+        yield Operand("packed", -(-self.n // 2), WRITE)
+        yield Operand("absmax", -(-self.n // self.block_size) * 4, WRITE)
+
+
+class DequantizeNf4(ctypes.Structure):
+    _fields_ = [
+        ("packed", c_void_p), ("absmax", c_void_p), ("n", c_int64), ("block_size", c_int64), ("out", c_void_p),
+        ("out_dtype", c_int32),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("packed", -(-self.n // 2), READ)
+        yield Operand("absmax", -(-self.n // self.block_size) * 4, READ)
+        yield Operand("out", self.n * size_of(self.out_dtype), WRITE)
+
+
+class QuantizeAbsmax(ctypes.Structure):
+    _fields_ = [
+        ("absmax", c_void_p), ("n", c_int64), ("codes", c_void_p), ("nested_absmax", c_void_p), ("offset", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("absmax", self.n * 4, READ)
+        yield Operand("codes", self.n, WRITE)
+        yield Operand("nested_absmax", -(-self.n // 256) * 4, WRITE)
+        yield Operand("offset", 4, WRITE)
+
+
+class DequantizeAbsmax(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p), ("nested_absmax", c_void_p), ("offset", c_void_p), ("n", c_int64), ("absmax", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("codes", self.n, READ)
+        yield Operand("nested_absmax", -(-self.n // 256) * 4, READ)
+        yield Operand("offset", 4, READ)
+        yield Operand("absmax", self.n * 4, WRITE)
+
+
+OPS: dict[str, type[ctypes.Structure]] = {
+    "low_rank_down": LowRankDown,
+    "low_rank_up": LowRankUp,
+    "low_rank_grad": LowRankGrad,
+    "column_sums": ColumnSums,
+    "quantize_nf4": QuantizeNf4,
+    "dequantize_nf4": DequantizeNf4,
+    "quantize_absmax": QuantizeAbsmax,
+    "dequantize_absmax": DequantizeAbsmax,
+}
+"""launch_<op> of csrc/cuda/kernels.h and the struct it takes."""
+
+
+def wrappers() -> str:
+    """C++ that gives every launcher a C name, and checks every field above against the headers."""
+    lines = ['#include "kernels.h"', "using namespace peftkern;"]
+    for struct in (Dropout, Factor, *OPS.values()):
+        name = struct.__name__
+        lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
+        for field, *_ in struct._fields_:
+            lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(struct, field).offset});")
+    for op, struct in OPS.items():
+        call = f"launch_{op}(*args, reinterpret_cast<cudaStream_t>({STREAM}))"
+        lines.append(f'extern "C" int ptxsim_{op}(const {struct.__name__}* args) {{ return {call}; }}')
+    return "\n".join(lines) + "\n"

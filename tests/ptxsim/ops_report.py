@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts what the CUDA kernels ask of memory, in the simulator, and writes the table of docs/simulated.md.
+
+    PYTHONPATH=tests:. python -m ptxsim.ops_report
+
+Counted, not measured: there is no cache, no clock and no GPU here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from .cudart import CUDA_SOURCES, ROOT, Device
+from .ops import BF16, F32, UPDATE
+from .ops_cases import Case, case
+
+DOCUMENT = ROOT / "docs" / "simulated.md"
+ARCH = "sm_80"
+
+# Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
+OPERANDS = {
+    "low_rank_down": {"x": "x.load(", "factor": "factor.load(", "out": "args.out["},
+    "low_rank_up": {
+        "u": "load_chunk(args.u", "factor": "factor.load(", "out_scale": "args.out_scale + column",
+        "bias": "args.bias + column", "y": "y_chunk[i].load(", "y ": "static_cast<T*>(args.y) + index",
+        "z": "static_cast<T*>(args.z) + index",
+    },
+    "low_rank_grad": {"x": "next_x.load(", "u": "next_u[i].load(", "grad": "store_as(args.grad"},
+    "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
+    "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
+    "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
+    "quantize_absmax": {
+        "absmax, for the mean": "args.absmax[i]", "absmax": "load_chunk(args.absmax", "codes": "args.codes[index",
+        "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset", "table": "kDynamicTable[",
+    },
+    "dequantize_absmax": {"table": "kDynamicTable[", "all four": "args.absmax[i] ="},
+}  # fmt: skip
+# Where the field of the struct has another name.
+FIELDS = {
+    "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
+    "all four": ("codes", "nested_absmax", "offset", "absmax"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    title: str
+
+
+def rows() -> list[Row]:
+    down, up, grad = (dict(rows=n, columns=m) for n, m in ((256, 2048), (256, 2048), (2048, 256)))
+    plain = dict(out_scale=False, bias=False, z=False)
+    return [
+        Row(case("low_rank_down", **down, rank=8, x=BF16), "256 x 2048 bf16, rank 8"),
+        Row(case("low_rank_down", **down, rank=16, x=BF16, p=0.1), "256 x 2048 bf16, rank 16, dropout"),
+        Row(
+            case("low_rank_down", **down, rank=16, x=BF16, rank_major=False), "256 x 2048 bf16, rank 16, F column-major"
+        ),
+        Row(case("low_rank_down", **down, rank=32, x=F32), "256 x 2048 f32, rank 32"),
+        Row(case("low_rank_up", **up, rank=16, y=BF16, rank_major=False, **plain), "256 x 2048 bf16, rank 16"),
+        Row(
+            case("low_rank_up", **up, rank=16, y=BF16, p=0.1, **plain),
+            "256 x 2048 bf16, rank 16, dropout, F rank-major",
+        ),
+        Row(case("low_rank_up", **up, rank=16, y=BF16), "256 x 2048 bf16, rank 16, out_scale, bias, z"),
+        Row(case("low_rank_up", **up, rank=32, y=F32, **plain), "256 x 2048 f32, rank 32"),
+        Row(case("low_rank_grad", **grad, rank=8, x=BF16, p=0.1), "2048 x 256 bf16, rank 8, dropout"),
+        Row(case("low_rank_grad", **grad, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
+        Row(case("low_rank_grad", **grad, rank=16, x=F32, rank_major=False), "2048 x 256 f32, rank 16, column-major"),
+        Row(case("column_sums", **grad, g=BF16), "2048 x 256 bf16"),
+        Row(case("column_sums", **grad, g=BF16, z=True), "2048 x 256 bf16, with z"),
+        Row(case("column_sums", **grad, g=F32), "2048 x 256 f32"),
+        Row(case("quantize_nf4", n=2**19, block_size=64, w=BF16, special=False), "524,288 bf16, blocks of 64"),
+        Row(case("quantize_nf4", n=2**19, block_size=1024, w=BF16, special=False), "524,288 bf16, blocks of 1,024"),
+        Row(case("quantize_nf4", n=2**19, block_size=64, w=F32, special=False), "524,288 f32, blocks of 64"),
+        Row(case("dequantize_nf4", n=2**19, block_size=64, out=BF16), "524,288 bf16, blocks of 64"),
+        Row(case("dequantize_nf4", n=2**19, block_size=64, out=F32), "524,288 f32, blocks of 64"),
+        Row(case("quantize_absmax", n=2**16), "65,536"),
+        Row(case("dequantize_absmax", n=2**16), "65,536"),
+    ]
+
+
+def count(each: Case) -> tuple[Counter, dict[str, Counter]]:
+    """Totals, and the traffic of each operand: `bytes`, `sectors`, `ideal_sectors`.
+
+    A request's bytes are those its lanes ask for, or those of its sectors where these are fewer because lanes share an
+    address.
+    """
+    device, problem = Device(ARCH), each.make()
+    problem.run(device, each.op)
+    totals, operands = Counter(), {}
+    for result in device.results:
+        for index, stat in enumerate(result.raw):
+            totals["waves"] += int(stat["waves"])
+            totals["ideal_waves"] += int(stat["ideal_waves"])
+            if stat["sectors"]:
+                name = operand_of(each.op, result.kernel.program.lines[index])
+                traffic = operands.setdefault(name, Counter())
+                # lanes that share an address need fewer sectors than their bytes would fill
+                traffic["ideal_sectors"] += int(min(stat["ideal_sectors"], stat["sectors"]))
+                traffic["sectors"] += int(stat["sectors"])
+                traffic["bytes"] += int(min(stat["bytes"], 32 * stat["sectors"]))
+        totals["thread_instructions"] += result.stats["thread_instructions"]
+    compulsory = {
+        o.path: o.nbytes * (2 if o.access == UPDATE else 1) for o in problem.args.operands() if o.address(problem.args)
+    }
+    totals["compulsory"] = sum(compulsory.values())
+    for name, traffic in operands.items():
+        traffic["compulsory"] = sum(compulsory.get(field, 0) for field in FIELDS.get(name, (name,)))
+    return totals, operands
+
+
+def operand_of(op: str, line) -> str:
+    texts = [_source(position.file, position.line) for position in line.chain()]
+    for name, token in OPERANDS[op].items():
+        if any(token in text for text in texts):
+            return name
+    if any("dropout.seed" in text for text in texts):
+        return "seed"
+    raise KeyError(f"{op}: no operand is named for `{texts}`; add it to OPERANDS in {__file__}")
+
+
+def _source(file: str, line: int) -> str:
+    path = CUDA_SOURCES / file
+    return path.read_text().splitlines()[line - 1] if line and path.exists() else ""
+
+
+def table() -> str:
+    lines = [
+        "| kernel and shape | bytes | sectors | waves | bytes of each operand |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows():
+        totals, operands = count(row.case)
+        moved = sum(t["bytes"] for t in operands.values())
+        sectors, ideal = (sum(t[key] for t in operands.values()) for key in ("sectors", "ideal_sectors"))
+        waves = f"{totals['waves'] / totals['ideal_waves']:.2f}" if totals["ideal_waves"] else "none"
+        parts: dict[str, list[int]] = {}
+        for name, traffic in operands.items():
+            part = parts.setdefault(name.strip(), [0, 0])
+            part[0] += traffic["bytes"]
+            part[1] = max(part[1], traffic["compulsory"])
+        each = [f"{name} {moved_part / needed:.2f}" for name, (moved_part, needed) in parts.items() if needed >= 1024]
+        lines.append(
+            f"| `{row.case.op}` {row.title} | {moved / totals['compulsory']:.2f} | {sectors / ideal:.2f} | {waves} | "
+            f"{', '.join(each)} |"
+        )
+    return "\n".join(lines)
+
+
+def replace_section(name: str, text: str) -> None:
+    """Puts text between `<!-- name -->` and `<!-- /name -->` of docs/simulated.md."""
+    document = DOCUMENT.read_text()
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    assert pattern.search(document), f"{DOCUMENT} has no section {name}"
+    DOCUMENT.write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], document))
+
+
+if __name__ == "__main__":
+    text = table()
+    print(text)
+    replace_section("counts", text)

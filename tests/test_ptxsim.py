@@ -1,0 +1,787 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PTX simulator itself: each rule of the machine with a kernel that keeps it and twins that break it.
+
+A twin is the kernel compiled with a BUG_ macro. The lines that its report must name carry the macro in a comment.
+"""
+
+import functools
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ptxsim import Buffer, KernelFault, Module, PtxError, buffer, build, missing_tool
+from ptxsim import module as module_file
+
+pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+
+KERNELS = Path(__file__).parent / "ptxsim" / "kernels"
+ARCHS = ["sm_80", "sm_90", "sm_100"]
+INT, FLOAT = np.int32, np.float32
+
+
+@functools.cache
+def compiled(file: str, arch: str = "sm_80", defines: tuple = ()) -> Module:
+    return Module.from_cuda(KERNELS / file, arch, defines)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(FLOAT)
+
+
+def integers(low, high, n, seed=0):
+    return np.random.default_rng(seed).integers(low, high, n, dtype=np.int64).astype(INT)
+
+
+def bfloat(x):
+    """fp32 -> the codes of bf16, to nearest even."""
+    code = np.ascontiguousarray(x, FLOAT).view(np.uint32).astype(np.uint64)
+    return ((code + 0x7FFF + ((code >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat(code):
+    return (code.astype(np.uint32) << 16).view(FLOAT)
+
+
+# Rules. Each launches one kernel and returns (result, whether the values are right).
+# `module` is compiled for the architecture and with the macros of the test; options go to launch().
+
+RULES = {}
+
+
+def rule(file):
+    def add(run):
+        RULES[run.__name__] = (file, run)
+        return run
+
+    return add
+
+
+@rule("memory.cu")
+def twice(module, **options):
+    x, y = random(1000), buffer(1000, FLOAT, name="y")
+    result = module.kernel("twice").launch(8, 128, [buffer(x, name="x"), y, 1000], **options)
+    return result, (y.array == 2 * x).all() and not result.unwritten(y)
+
+
+@rule("memory.cu")
+def twice_by_four(module, **options):
+    x, y = random(1000), buffer(1000, FLOAT, name="y")
+    result = module.kernel("twice_by_four").launch(2, 128, [buffer(x, name="x"), y, 1000], **options)
+    return result, (y.array == 2 * x).all()
+
+
+@rule("memory.cu")
+def look_up(module, **options):
+    codes, y = integers(0, 16, 300).astype(np.uint8), buffer(300, FLOAT, name="y")
+    result = module.kernel("look_up").launch(3, 128, [buffer(codes), y, 300], **options)
+    return result, (y.array == codes.astype(FLOAT) ** 2).all()
+
+
+@rule("memory.cu")
+def local_array(module, **options):
+    index, y = np.append(np.arange(32) % 8, 3).astype(INT), buffer(32, INT, name="y")
+    result = module.kernel("local_array").launch(1, 32, [buffer(index), y], **options)
+    return result, (y.array == (index[:32] ^ 3) ** 2).all()
+
+
+@rule("memory.cu")
+def histogram(module, **options):
+    x, bins = integers(0, 40, 1000), buffer(np.zeros(40, INT), name="bins")
+    result = module.kernel("histogram").launch(8, 128, [buffer(x), bins, 1000], **options)
+    return result, (bins.array == np.bincount(x, minlength=40)).all()
+
+
+@rule("memory.cu")
+def shared_histogram(module, **options):
+    x, bins = integers(0, 32, 1000), buffer(32, INT, name="bins")
+    result = module.kernel("shared_histogram").launch(1, 128, [buffer(x), bins, 1000], **options)
+    return result, (bins.array == np.bincount(x, minlength=32)).all()
+
+
+@rule("memory.cu")
+def last_block_sum(module, **options):
+    x, partial, total = random(9), buffer(9, FLOAT, name="partial"), buffer(1, FLOAT, name="total")
+    result = module.kernel("last_block_sum").launch(9, 32, [buffer(x), partial, total], **options)
+    return result, abs(total.array[0] - 2 * x.sum()) < 1e-5
+
+
+@rule("memory.cu")
+def coordinates(module, **options):
+    y = buffer((2 * 3 * 4, 4 * 3 * 2), INT, name="y")
+    result = module.kernel("coordinates").launch((2, 3, 4), (4, 3, 2), [y], **options)
+    return result, (y.array == 1000 * np.arange(24)[:, None] + np.arange(24)).all()
+
+
+@rule("sync.cu")
+def warp_exchange(module, **options):
+    x, y = np.arange(64, dtype=INT), buffer(64, INT, name="y")
+    result = module.kernel("warp_exchange").launch(1, 64, [buffer(x), y], **options)
+    return result, (y.array == x ^ 1).all()
+
+
+@rule("sync.cu")
+def block_sum(module, **options):
+    x, total = random(256), buffer(1, FLOAT, name="total")
+    result = module.kernel("block_sum").launch(1, 256, [buffer(x), total], **options)
+    return result, abs(total.array[0] - x.sum()) < 1e-4
+
+
+@rule("sync.cu")
+def shuffle_half(module, **options):
+    x, y = integers(0, 99, 32), buffer(32, INT, name="y")
+    result = module.kernel("shuffle_half").launch(1, 32, [buffer(x), y], **options)
+    return result, (y.array == np.append(x[np.arange(16) ^ 8], [-1] * 16)).all()
+
+
+@rule("sync.cu")
+def one_barrier(module, **options):
+    y = buffer(64, INT, name="y")
+    result = module.kernel("one_barrier").launch(1, 64, [y], **options)
+    return result, (y.array == np.arange(64) ^ 1).all()
+
+
+@rule("sync.cu")
+def early_exit(module, **options):
+    y = buffer(128, INT, name="y")
+    result = module.kernel("early_exit").launch(1, 128, [y, 100], **options)
+    return result, (y.array[:100] == 99 - np.arange(100)).all()
+
+
+@rule("sync.cu")
+def produce_consume(module, **options):
+    x, y = integers(0, 99, 64), buffer(64, INT, name="y")
+    result = module.kernel("produce_consume").launch(1, 128, [buffer(x), y], **options)
+    return result, (y.array == x[::-1]).all()
+
+
+@rule("sync.cu")
+def voting_barriers(module, **options):
+    x, y = integers(-9, 9, 64), buffer(64, INT, name="y")
+    result = module.kernel("voting_barriers").launch(1, 64, [buffer(x), y], **options)
+    return result, (y.array == (x > 0).sum() + 1000 * (x > 5).any() + 10000).all()
+
+
+@rule("sync.cu")
+def spin_lock(module, **options):
+    counter = buffer(np.zeros(1, INT), name="counter")
+    result = module.kernel("spin_lock").launch(2, 64, [counter], max_steps=10**7, **options)
+    return result, counter.array[0] == 128
+
+
+@rule("sync.cu")
+def collectives(module, **options):
+    x, y = integers(0, 9, 32), buffer((32, 6), np.uint32, name="y")
+    result = module.kernel("collectives").launch(1, 32, [buffer(x), y], **options)
+    lane = np.arange(32)
+    expected = [
+        np.full(32, sum(int(v & 1) << i for i, v in enumerate(x))),
+        np.full(32, int((x == 7).any())),
+        [sum(1 << j for j in lane if x[j] == x[i]) for i in lane],
+        np.full(32, x.sum()),
+        [x[i - 3] if i % 16 >= 3 else x[i] for i in lane],
+        np.full(32, x.max()),
+    ]
+    return result, (y.array == np.array(expected).T).all()
+
+
+def gemm(module, stages, m=70, n=40, k=136, **options):
+    a, b, c = random(m, k).astype(np.float16), random(n, k, seed=1).astype(np.float16), buffer((m, n), FLOAT, name="c")
+    arguments = [buffer(a, name="a"), buffer(b, name="b"), c, m, n, k]
+    result = module.kernel(f"gemm<{stages}>").launch((-(-n // 64), -(-m // 64)), 128, arguments, **options)
+    return result, np.allclose(c.array, a.astype(float) @ b.astype(float).T, atol=1e-4)
+
+
+@rule("gemm.cu")
+def gemm_2(module, **options):
+    return gemm(module, 2, **options)
+
+
+@rule("gemm.cu")
+def gemm_3(module, **options):
+    return gemm(module, 3, **options)
+
+
+@rule("arithmetic.cu")
+def atomics(module, **options):
+    f, h, b = buffer(np.zeros(1, FLOAT)), buffer(np.zeros(2, np.float16)), buffer(np.zeros(2, np.uint16))
+    u, i = buffer(np.zeros(1, np.uint64)), buffer(np.zeros(4, INT))
+    result = module.kernel("atomics").launch(2, 64, [f, h, b, u, i], **options)
+    right = f.array[0] == 128 and h.array.tolist() == [128, 64] and from_bfloat(b.array).tolist() == [128, 32]
+    return result, right and u.array[0] == 63 << 33 and i.array[:3].tolist() == [-63, 0, 128 % 10] and i.array[3] > 0
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rule_is_kept(name, arch):
+    file, run = RULES[name]
+    for options in ({}, {"schedule": "random", "seed": 1}, {"schedule": "chaos", "seed": 2}):
+        result, right = run(compiled(file, arch), **options)
+        result.check()
+        assert right, f"wrong values with {options}"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_false_reports(name):
+    file, run = RULES[name]
+    for seed in range(20):
+        result, right = run(compiled(file), schedule=("random", "chaos")[seed % 2], seed=seed)
+        result.check()
+        assert right, f"wrong values with seed {seed}"
+
+
+BUGS = [
+    ("twice", "BUG_ONE_PAST_THE_END", "out_of_bounds"),
+    ("twice_by_four", "BUG_OFF_THE_16_BYTES", "misaligned"),
+    ("look_up", "BUG_ONE_ENTRY_SHORT", "uninitialised_read"),
+    ("look_up", "BUG_NO_BARRIER", "race"),
+    ("local_array", "BUG_HALF_OF_THE_ARRAY", "uninitialised_read"),
+    ("histogram", "BUG_NO_ATOMIC", "race"),
+    ("shared_histogram", "BUG_NO_BARRIER_AFTER_CLEAR", "race"),
+    ("shared_histogram", "BUG_PLAIN_SHARED_ADD", "race"),
+    ("last_block_sum", "BUG_NO_FENCE", "race"),
+    ("warp_exchange", "BUG_NO_SYNCWARP", "race"),
+    ("block_sum", "BUG_NO_BARRIER", "race"),
+    ("block_sum", "BUG_NO_BARRIER", "uninitialised_read"),
+    ("block_sum", "BUG_DIVERGENT_SHUFFLE", "deadlock"),
+    ("block_sum", "BUG_MASK_WITHOUT_SELF", "sync_mask"),
+    ("shuffle_half", "BUG_LANE_OUTSIDE_THE_MASK", "inactive_lane"),
+    ("one_barrier", "BUG_TWO_BARRIERS", "deadlock"),
+    ("produce_consume", "BUG_WRONG_BARRIER", "deadlock"),
+    ("gemm_2", "BUG_NO_WAIT", "cp_async_in_flight"),
+    ("gemm_2", "BUG_WAIT_FOR_ONE_LESS", "cp_async_in_flight"),
+    ("gemm_3", "BUG_WAIT_FOR_ONE_LESS", "cp_async_in_flight"),
+    ("gemm_3", "BUG_NO_BARRIER", "race"),
+    ("gemm_3", "BUG_LOAD_BEFORE_BARRIER", "race"),
+]
+
+
+def marked_lines(file, mark):
+    lines = (KERNELS / file).read_text().splitlines()
+    pattern = re.compile(rf"<- .*\b{mark}\b")
+    return {number for number, line in enumerate(lines, 1) if pattern.search(line)}
+
+
+def reported_lines(result, kind, file):
+    sides = [line for report in result.reports if report.kind == kind for line in (report.line, report.other_line)]
+    return {place.line for line in sides if line for place in line.chain() if place.file == file}
+
+
+@pytest.mark.parametrize(("name", "bug", "kind"), BUGS, ids=[f"{name}-{bug}-{kind}" for name, bug, kind in BUGS])
+def test_bug_is_caught(name, bug, kind):
+    file, run = RULES[name]
+    result, _ = run(compiled(file, defines=(bug,)))
+    with pytest.raises(KernelFault, match=kind) as fault:
+        result.check()
+    assert result.kernel.signature in str(fault.value)
+    marked, reported = marked_lines(file, bug), reported_lines(result, kind, file)
+    assert marked <= reported if kind == "race" else marked & reported, str(fault.value)  # both sides of a race
+    for options in ({"schedule": "random", "seed": 1}, {"schedule": "chaos", "seed": 2}):
+        result, _ = run(compiled(file, defines=(bug,)), **options)
+        kinds = ("race", kind)  # what another schedule does not read too early is still a race
+        assert any(marked & reported_lines(result, kind, file) for kind in kinds), options
+
+
+def test_a_seed_repeats_a_run():
+    """With a plain += the schedule decides the values, so equal values mean an equal schedule."""
+    module = compiled("memory.cu", defines=("BUG_PLAIN_SHARED_ADD",))
+
+    def bins(seed):
+        output = buffer(32, INT)
+        arguments = [buffer(integers(0, 32, 1000)), output, 1000]
+        module.kernel("shared_histogram").launch(1, 128, arguments, schedule="chaos", seed=seed)
+        return output.array.tolist()
+
+    assert bins(1) == bins(1) and len({tuple(bins(seed)) for seed in range(8)}) > 1
+
+
+def test_race_is_found_where_the_values_are_right():
+    """No schedule needs to go wrong for a report."""
+    result, right = last_block_sum(compiled("memory.cu", defines=("BUG_NO_FENCE",)))
+    race = next(report for report in result.reports if report.kind == "race")
+    assert right and race.buffer == "partial" and race.block == (8, 0, 0) and race.other_block == (0, 0, 0)
+    assert (race.line.line, race.other_line.line) == tuple(sorted(marked_lines("memory.cu", "BUG_NO_FENCE"))[::-1])
+
+
+def test_value_only_bug():
+    """Swapped fragment registers break no rule."""
+    result, right = gemm_2(compiled("gemm.cu", defines=("BUG_SWAPPED_FRAGMENTS",)))
+    result.check()
+    assert not right
+
+
+def test_speed_only_bug_shows_in_the_counters():
+    good, _ = gemm_2(compiled("gemm.cu"))
+    slow, right = gemm_2(compiled("gemm.cu", defines=("BUG_NO_SWIZZLE",)))
+    slow.check()
+    assert right and good.stats["bank_conflicts"] == 0 < slow.stats["bank_conflicts"]
+    count, line = slow.hot(1, "waves", over="ideal_waves")[0]
+    assert count > 0 and "gemm.cu" in line
+
+
+def test_every_dropped_wait_is_noticed():
+    """Mutation: dropping any executed wait, commit or barrier of the GEMM gives a report or a wrong value."""
+    module = compiled("gemm.cu")
+    program, (result, _) = module.kernel("gemm<3>").program, gemm_3(module)
+    sync = [
+        i for i, op in enumerate(program.opcodes) if op in ("bar", "cp_wait", "cp_commit") and result.raw["warps"][i]
+    ]
+    assert len(sync) >= 4
+    for index in sync:
+        result, right = gemm_3(module, drop=index)
+        noticed = not right or any(report.kind not in ("never_waited",) for report in result.reports)
+        assert noticed, f"{program.texts[index]} at {program.lines[index]}"
+
+
+# Reports that need another launch rather than another kernel
+
+
+def test_restrict_promise_broken_by_the_caller():
+    x = buffer(random(512), name="x")
+    result = compiled("memory.cu").kernel("reversed").launch(2, 256, [x, x, 512])
+    assert marked_lines("memory.cu", "in place") <= reported_lines(result, "nc_of_written", "memory.cu")
+    apart = compiled("memory.cu").kernel("reversed").launch(2, 256, [buffer(512, FLOAT), x, 512])
+    apart.check()
+
+
+def test_uninitialised_and_unwritten_global_memory():
+    x, y = buffer(100, FLOAT, name="x"), buffer(100, FLOAT, name="y")
+    kernel = compiled("memory.cu").kernel("twice")
+    with pytest.raises(KernelFault, match="uninitialised_read.*memory.cu.*x"):
+        kernel.launch(1, 128, [x, y, 100]).check()
+    y = buffer(100, FLOAT, name="y")
+    result = kernel.launch(1, 64, [buffer(random(100)), y, 100])
+    assert result.unwritten(y) == 36 * 4 and y.initialised().sum() == 64 * 4
+    with pytest.raises(KernelFault, match=r"unwritten_output: 144 bytes of y, the first at \+256"):
+        result.check(written=[y])
+
+
+def test_read_only_buffer():
+    y = buffer(np.zeros(100, FLOAT), name="y", writable=False)
+    result = compiled("memory.cu").kernel("twice").launch(1, 128, [buffer(random(100)), y, 100])
+    assert {report.kind for report in result.reports} == {"read_only_write"} and not y.array.any()
+
+
+def test_same_value_races_are_a_kind_of_their_own():
+    result = compiled("memory.cu").kernel("same_value").launch(2, 32, [buffer(1, INT, name="flag")])
+    result.check()
+    assert {report.kind for report in result.reports} == {"race_same_value"}
+    with pytest.raises(KernelFault, match="race_same_value"):
+        result.check(allow=())
+
+
+def test_endless_loop():
+    result = compiled("sync.cu").kernel("endless").launch(1, 32, [buffer(np.zeros(1, INT))], max_steps=10_000)
+    assert [report.kind for report in result.reports] == ["step_limit"]
+    assert reported_lines(result, "step_limit", "sync.cu") <= marked_lines("sync.cu", "step limit")
+
+
+def test_device_assert():
+    y = buffer(4, INT, name="y")
+    result = compiled("sync.cu").kernel("asserts").launch(1, 4, [buffer(np.array([5, 50, 100, 7], INT)), y])
+    (report,) = result.reports
+    assert report.kind == "assertion" and report.lanes == 0b100 and report.thread == (2, 0, 0)
+    assert reported_lines(result, "assertion", "sync.cu") == marked_lines("sync.cu", "assert")
+
+
+def test_report_says_where():
+    x, y = buffer(random(1000), name="x"), buffer(1000, FLOAT, name="y")
+    kernel = compiled("memory.cu", defines=("BUG_ONE_PAST_THE_END",)).kernel("twice")
+    result = kernel.launch(8, 128, [x, y, 1000])
+    read, write = result.reports
+    assert read.kind == write.kind == "out_of_bounds" and (read.buffer, write.buffer) == ("x", "y")
+    assert read.block == (7, 0, 0) and read.thread == (104, 0, 0) and read.size == 4
+    assert read.address == x.address + 4000 and read.offset == read.buffer_bytes == 4000
+    assert re.search(r"block \(7, 0, 0\) thread \(104, 0, 0\) at memory.cu:\d+ .*x\+4000", str(read))
+    unmapped = kernel.launch(1, 32, [x, None, 1000])
+    assert unmapped.reports[0].buffer is None and "unmapped memory" in str(unmapped.reports[0])
+
+
+# Arguments and buffers
+
+
+def test_struct_by_value_and_dynamic_shared_memory():
+    x, y = random(50), buffer(50, FLOAT, name="y")
+    kernel = compiled("memory.cu").kernel("by_struct")
+    assert [(p.size, p.align, p.offset) for p in kernel.parameters] == [(32, 8, 0), (1, 1, 32)]
+    source = buffer(x, name="x")
+    scale = struct.pack("<fxxxxqQQ", 3.0, 50, source.address, y.address)
+    assert kernel.parameters[1].type == "signed char" and kernel.parameters[0].type == "Scale"
+    kernel.launch(1, 64, [scale, -2], smem=200, buffers=[source, y]).check(written=[y])
+    assert (y.array == x * 3 * -2).all()
+    with pytest.raises(KernelFault, match="out_of_bounds.*shared memory"):
+        kernel.launch(1, 64, [scale, -2], smem=160, buffers=[source, y]).check()
+    with pytest.raises(KernelFault, match="out_of_bounds.*unmapped"):
+        kernel.launch(1, 64, [scale, -2], smem=200, buffers=[y]).check()
+
+
+def test_pointers_into_a_buffer_and_host_memory():
+    kernel = compiled("memory.cu").kernel("twice")
+    x, host = random(101), np.zeros(100, FLOAT)
+    y = Buffer.at(host.ctypes.data, host.nbytes, "host", initialised=False)
+    kernel.launch(1, 128, [buffer(x) + 4, y, 100]).check(written=[y])
+    assert (host == 2 * x[1:]).all()
+    with pytest.raises(KernelFault, match="out_of_bounds"):
+        kernel.launch(1, 128, [buffer(x), y + 4, 100]).check()
+    raw = buffer.empty(400, name="raw")
+    kernel.launch(1, 128, [buffer(x), raw, 100]).check()
+    assert (raw.numpy(FLOAT) == 2 * x[:100]).all()
+
+
+def test_launches_that_a_device_would_refuse():
+    twice, gemm_kernel = compiled("memory.cu").kernel("twice"), compiled("gemm.cu").kernel("gemm<2>")
+    arguments = [buffer(random(8)), buffer(8, FLOAT), 8]
+    for message, launch in {
+        "invalid grid": lambda: twice.launch(0, 32, arguments),
+        "or block": lambda: twice.launch(1, 2048, arguments),
+        "launch bound is 128": lambda: gemm_kernel.launch(1, 256, [*arguments, 1, 1, 1]),
+        "bytes of shared memory": lambda: twice.launch(1, 32, arguments, smem=10**6),
+        "3 parameters, got 2": lambda: twice.launch(1, 32, arguments[:2]),
+        "has 4 bytes, got 8": lambda: twice.launch(1, 32, [*arguments[:2], bytes(8)]),
+    }.items():
+        with pytest.raises(PtxError, match=message):
+            launch()
+
+
+def test_kernels_by_name():
+    module = compiled("gemm.cu")
+    assert len(module.kernels()) == 2 and module.kernel("gemm< 2 >") is module.kernel(
+        "void gemm<2>(__half const*, __half const*, float*, int, int, int)"
+    )
+    with pytest.raises(PtxError, match=r"2 kernels named 'gemm'.*gemm<2>.*gemm<3>".replace(".*", r"[\s\S]*")):
+        module.kernel("gemm")
+
+
+# Counters
+
+
+@pytest.mark.parametrize(("stride", "sectors", "waves"), [(1, 4, 1), (2, 8, 2), (3, 12, 1), (8, 32, 8), (32, 32, 32)])
+def test_cost_of_a_stride(stride, sectors, waves):
+    x, y = buffer(random(32 * stride)), buffer(32, FLOAT, name="y")
+    result = compiled("memory.cu").kernel("strided").launch(1, 32, [x, y, stride], smem=128 * stride).check()
+    stats = result.stats
+    assert stats["sectors"] == sectors + 4 and stats["ideal_sectors"] == 8  # the read and the coalesced write
+    assert stats["waves"] == 2 * waves and stats["ideal_waves"] == 2
+    assert stats["bank_conflicts"] == 2 * (waves - 1)
+    assert (stats["global_bytes_read"], stats["global_bytes_written"], stats["shared_bytes"]) == (128, 128, 256)
+    assert all("memory.cu" in line for line in result.by_line())
+
+
+def test_counts_of_a_gemm():
+    stats = gemm(compiled("gemm.cu"), 2, m=64, n=64, k=64)[0].check().stats
+    assert stats["mma"] == 4 * (2 * 4) * 4  # warps, tiles of a warp, steps of 16
+    assert stats["global_bytes_read"] == 2 * 64 * 64 * 2 and stats["global_bytes_written"] == 64 * 64 * 4
+    assert stats["cp_async"] == 4 * 2 * 2 * 2 and stats["bar"] == 4 * 2
+    assert stats["ideal_sectors"] == 512 + 512 and stats["sectors"] == 512 + 2 * 512  # C is stored by every other float
+    assert sum(stats["classes"].values()) == stats["warp_instructions"] and stats["bank_conflicts"] == 0
+
+
+# Arithmetic
+
+
+def test_conversions_bit_by_bit():
+    n = 1 << 17
+    code = np.random.default_rng(0).integers(0, 2**32, n, dtype=np.uint64).astype(np.uint32)
+    x = code.view(FLOAT)
+    h, b, widened = buffer(n, np.float16), buffer(n, np.uint16), buffer(n, FLOAT)
+    i, tf32 = buffer(n, INT), buffer(n, np.uint32)
+    module = compiled("arithmetic.cu")
+    module.kernel("convert").launch(n // 256, 256, [buffer(x), h, b, widened, i, tf32, n]).check(
+        written=[h, b, widened, i]
+    )
+    with np.errstate(all="ignore"):
+        ok = ~np.isnan(x)
+        assert (h.numpy(np.uint16) == x.astype(np.float16).view(np.uint16))[ok].all()
+        assert (b.array == bfloat(x))[ok].all()
+        assert (i.array == np.clip(np.rint(x.astype(float)), -(2**31), 2**31 - 1))[ok].all()
+        assert (tf32.array == (code + np.uint32(0x1000) & ~np.uint32(0x1FFF)))[ok].all()
+        halves = np.arange(n).astype(np.uint16).view(np.float16)
+        assert (widened.array == halves)[~np.isnan(halves)].all()
+
+
+def test_directed_rounding():
+    n = 64
+    x, y = (random(n) * FLOAT(1e3)).astype(FLOAT), buffer((n, 6), FLOAT)
+    compiled("arithmetic.cu").kernel("directed").launch(1, 64, [buffer(x), y, n]).check()
+    from fractions import Fraction as F
+
+    for k in range(n):
+        a, b = F(float(x[k])), F(float(x[(k + 1) % n]))
+        down, up, cut, quotient, fma, nearest = (F(float(v)) for v in y.array[k])
+        step = [F(float(np.spacing(abs(v)))) for v in y.array[k]]
+        assert 0 <= a + b - down < step[0] and 0 <= up - (a + b) < step[1] and 0 <= abs(a * b) - abs(cut) < step[2]
+        assert 0 <= quotient - a / b < step[3] and 0 <= a * b + a - fma < step[4]
+        assert abs(a * b + a - nearest) <= step[5] / 2
+
+
+def test_half_arithmetic():
+    x = (random(64) * 10.0 ** integers(-4, 4, 64)).astype(FLOAT)
+    h, b = buffer((64, 4), np.float16), buffer((64, 4), np.uint16)
+    compiled("arithmetic.cu").kernel("halves").launch(1, 64, [buffer(x), h, b]).check()
+    with np.errstate(over="ignore"):
+        v = x.astype(np.float16)
+        u, wide = v[np.arange(64) ^ 1], v.astype(float)
+        fma = (wide * u.astype(float) + wide).astype(np.float16)
+        assert (
+            h.numpy(np.uint16).reshape(64, 4) == np.stack([v + u, v * u, fma, np.maximum(v, u)], 1).view(np.uint16)
+        ).all()
+    v = from_bfloat(bfloat(x))
+    u = v[np.arange(64) ^ 1]
+    fma = (v.astype(float) * u + v).astype(FLOAT)
+    assert (b.array == np.stack([bfloat(v + u), bfloat(v * u), bfloat(fma), bfloat(np.maximum(v, u))], 1)).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_functions_within_ulps(arch):
+    n = 1000
+    x, y = random(n) * 3, buffer((n, 10), FLOAT)
+    compiled("arithmetic.cu", arch).kernel("functions").launch(4, 256, [buffer(x), y, n]).check(written=[y])
+    v, erf = x.astype(float), np.vectorize(math.erf)
+    a, sine = np.abs(v), np.sin((x * FLOAT(100)).astype(float))
+    columns = [np.exp(v), np.log(a), sine, np.tanh(v), a**-0.5, erf(v), a**1.7, v / 3, a**0.5, v * math.sin(2)]
+    expected = np.stack(columns, 1)
+    ulps = np.abs(y.array - expected) / np.spacing(np.abs(expected).astype(FLOAT))
+    assert (ulps.max(0) < 5).all(), ulps.max(0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_integer_intrinsics(arch):
+    x, y = integers(-(2**31), 2**31, 512), buffer(512, INT)
+    compiled("arithmetic.cu", arch).kernel("integers").launch(1, 512, [buffer(x), y]).check(written=[y])
+
+    def signed(value, width=32):
+        value &= (1 << width) - 1
+        return value - (1 << width) if value >> (width - 1) else value
+
+    def expected(v):
+        u = v & 0xFFFFFFFF
+        return [
+            v * 3,
+            v ^ 5,
+            32 - u.bit_length(),
+            int(f"{u:032b}"[::-1], 2),
+            u.bit_count(),
+            (u & -u).bit_length(),
+            (u >> 8) | (77 << 24),
+            (99 << 5) | (u >> 27),
+            int(v / 7),
+            int(math.fmod(v, 11)),
+            5 + sum(signed(u >> 8 * i, 8) * (4 - i) for i in range(4)),
+            max(v, signed(-v)),
+            (v * 123456789) >> 32,
+            signed(v << 3) >> 1,
+            sum((((u >> 8 * i) + 1) & 255) << 8 * i for i in range(4)),
+            abs(v),
+        ][v & 15]
+
+    assert [signed(expected(int(v))) for v in x] == y.array.tolist()
+
+
+def f32(x):
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+INSTRUCTIONS = [  # (instruction on %a, %b, %c; their values; the result)
+    ("bfe.u32 %d, %a, %b, %c", (0x12345678, 8, 12), 0x456),
+    ("bfe.s32 %d, %a, %b, %c", (0xF00, 8, 4), -1),
+    ("bfi.b32 %d, %a, %b, 4, 8", (0xAB, 0xFFFF0000), 0xFFFF0AB0),
+    ("bfind.u32 %d, %a", (0x10000,), 16),
+    ("bfind.s32 %d, %a", (-1,), -1),
+    ("bfind.shiftamt.u32 %d, %a", (0x10000,), 15),
+    ("bmsk.clamp.b32 %d, %a, %b", (4, 8), 0xFF0),
+    ("brev.b64 %d, %a", (1,), 1 << 63),
+    ("clz.b64 %d, %a", (1,), 63),
+    ("popc.b64 %d, %a", (-1,), 64),
+    ("cnot.b32 %d, %a", (0,), 1),
+    ("shf.l.wrap.b32 %d, %a, %b, %c", (0x80000001, 0x12345678, 36), 0x23456788),
+    ("shf.r.clamp.b32 %d, %a, %b, %c", (0x80000001, 0x12345678, 40), 0x12345678),
+    ("lop3.b32 %d, %a, %b, %c, 0x96", (0b1100, 0b1010, 0b1111), 0b1001),
+    ("lop3.b32 %d, %a, %b, %c, 0xE8", (0b1100, 0b1010, 0b0110), 0b1110),
+    ("prmt.b32 %d, %a, %b, 0x5410", (0x11223344, 0x55667788), 0x77883344),
+    ("prmt.b32 %d, %a, %b, 0x8888", (0x80, 0), -1),
+    ("dp2a.lo.u32.u32 %d, %a, %b, %c", (0x00030002, 0x0504, 7), 30),
+    ("dp2a.hi.s32.s32 %d, %a, %b, %c", (0xFFFE0003, 0xFF020000, 1), 9),
+    ("dp4a.u32.s32 %d, %a, %b, %c", (0x01020304, 0x01FF0101, 0), 6),
+    ("sad.s32 %d, %a, %b, %c", (-5, 7, 10), 22),
+    ("mul.hi.u32 %d, %a, %b", (-1, -1), 0xFFFFFFFE),
+    ("mul.hi.s32 %d, %a, %b", (-1, 1), -1),
+    ("mul.hi.u64 %d, %a, %b", (1 << 63, 4), 2),
+    ("mul.wide.s32 %d, %a, %b", (-2, 3), 2**64 - 6),
+    ("mad.wide.u32 %d, %a, %b, %c", (0xFFFFFFFF, 2, 5), 0x200000003),
+    ("div.s32 %d, %a, %b", (-(2**31), -1), -(2**31)),
+    ("div.u32 %d, %a, %b", (7, 0), -1),
+    ("rem.s32 %d, %a, %b", (-7, 3), -1),
+    ("shl.b32 %d, %a, %b", (1, 32), 0),
+    ("shr.s32 %d, %a, %b", (1 << 31, 40), -1),
+    ("shr.u32 %d, %a, %b", (1 << 31, 31), 1),
+    ("min.s32 %d, %a, %b", (-1, 1), -1),
+    ("min.u32 %d, %a, %b", (-1, 1), 1),
+    ("abs.s32 %d, %a", (-5,), 5),
+    ("selp.b32 %d, %a, %b, %c", (5, 6, 0), 6),
+    ("set.gt.u32.f32 %d, %a, %b", (f32(2), f32(1)), -1),
+    ("set.gt.f32.s32 %d, %a, %b", (2, 1), f32(1)),
+    ("cvt.s32.s8 %d, %a", (0x80,), -128),
+    ("cvt.u8.u32 %d, %a", (0x1FF,), 0xFF),
+    ("cvt.sat.u8.s32 %d, %a", (300,), 255),
+    ("cvt.sat.u8.s32 %d, %a", (-5,), 0),
+    ("cvt.rzi.s32.f32 %d, %a", (f32(-1.7),), -1),
+    ("cvt.rni.s32.f32 %d, %a", (f32(2.5),), 2),
+    ("cvt.rzi.u32.f32 %d, %a", (f32(-3),), 0),
+    ("cvt.rzi.s32.f32 %d, %a", (f32(math.nan),), 0),
+    ("cvt.rzi.s32.f32 %d, %a", (f32(1e20),), 2**31 - 1),
+    ("cvt.rmi.f32.f32 %d, %a", (f32(-1.5),), f32(-2)),
+    ("cvt.rz.f16.f32 %d, %a", (f32(1 + 0.9 / 1024),), 0x3C00),
+    ("cvt.rp.f32.u32 %d, %a", (2**24 + 1,), f32(2**24 + 2)),
+    ("cvt.rn.bf16x2.f32 %d, %a, %b", (f32(1), f32(2)), 0x3F804000),
+    ("cvt.rn.relu.f16x2.f32 %d, %a, %b", (f32(-1), f32(2)), 0x4000),
+    ("max.f32 %d, %a, %b", (f32(-0.0), f32(0.0)), 0),
+    ("max.f32 %d, %a, %b", (f32(math.nan), f32(1)), f32(1)),
+    ("add.sat.f32 %d, %a, %b", (f32(0.75), f32(0.5)), f32(1)),
+    ("add.ftz.f32 %d, %a, %b", (1, 0), 0),
+    ("add.f32 %d, %a, %b", (1, 0), 1),
+    ("add.rn.f16x2 %d, %a, %b", (0x3C004000, 0x3C003C00), 0x40004200),
+    ("fma.rn.relu.f16 %d, %a, %b, %c", (0x3C00, 0xC000, 0x3C00), 0),
+    ("copysign.f32 %d, %a, %b", (f32(-1), f32(3)), f32(-3)),
+    ("testp.infinite.f32 %d, %a", (f32(math.inf),), 1),
+    ("testp.subnormal.f32 %d, %a", (1,), 1),
+    ("ex2.approx.f32 %d, %a", (f32(-3),), f32(0.125)),
+    ("rcp.rn.f32 %d, %a", (f32(4),), f32(0.25)),
+    ("mov.b64 {%d, _}, %a", (0x1122334455667788,), 0x55667788),
+    ("mov.b32 %d, {%a, %b}", (0x1234, 0x5678), 0x56781234),
+]
+
+
+@pytest.mark.parametrize(("instruction", "values", "expected"), INSTRUCTIONS, ids=[i[0] for i in INSTRUCTIONS])
+def test_instruction(instruction, values, expected):
+    loads = "".join(f"ld.param.u64 %{name}, [p{i}];\n" for i, name in enumerate(["out", "a", "b", "c"]))
+    module = Module.from_ptx(
+        f".visible .entry k({', '.join(f'.param .u64 p{i}' for i in range(4))})\n"
+        f"{{\n.reg .b64 %out, %a, %b, %c, %d;\n{loads}{instruction};\nst.global.u64 [%out], %d;\nret;\n}}"
+    )
+    out = buffer(1, np.uint64)
+    module.kernel("k").launch(1, 1, [out, *values, *[0] * (3 - len(values))]).check()
+    mask = 2**64 - 1 if "64 %d" in instruction or "wide" in instruction else 2**32 - 1
+    assert int(out.array[0]) & mask == expected & mask
+
+
+MMA = {  # kernel: (K, numpy type of A and B, their values from the stored ones, accumulator)
+    "mma_bf16": (16, np.uint16, from_bfloat, FLOAT),
+    "mma_tf32": (8, FLOAT, lambda x: (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(FLOAT), FLOAT),
+    "mma_s8": (32, np.int8, lambda x: x, INT),
+    "mma_u8": (32, np.uint8, lambda x: x, INT),
+    "mma_f16": (16, np.float16, lambda x: x, np.float16),
+}
+
+
+@pytest.mark.parametrize("name", MMA)
+def test_mma(name):
+    depth, dtype, value, accumulator = MMA[name]
+    if name.endswith("8"):
+        a, b = (integers(-128, 256, rows * depth).astype(dtype).reshape(rows, depth) for rows in (16, 8))
+    else:
+        a, b = (random(rows, depth, seed=rows) for rows in (16, 8))
+        a, b = (bfloat(x) if dtype == np.uint16 else x.astype(dtype) for x in (a, b))
+    c = buffer((16, 8), accumulator, name="c")
+    compiled("mma.cu").kernel(name).launch(1, 32, [buffer(a), buffer(b), c]).check(written=[c])
+    start = np.tile([[1, 2], [3, 4]], (1, 4)).repeat(8, axis=0)
+    expected = value(a).astype(float) @ value(b).astype(float).T + start
+    assert np.allclose(c.array, expected.astype(accumulator), rtol=2e-3 if name == "mma_f16" else 1e-6, atol=1e-5)
+
+
+def test_truncating_mma_is_near_but_not_equal():
+    """The models of tensor-core rounding give what a tolerance must bear."""
+    a, b = random(16, 8), random(8, 8, seed=1)
+    results = []
+    for mode in range(4):
+        c = buffer((16, 8), FLOAT)
+        compiled("mma.cu").kernel("mma_tf32").launch(1, 32, [buffer(a), buffer(b), c], mma_mode=mode).check()
+        results.append(c.array.copy())
+    assert all(0 < np.abs(result - results[0]).max() < 1e-5 for result in results[1:3])
+
+
+def test_ldmatrix_and_stmatrix_transpose():
+    x = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    for arch in ("sm_80", "sm_90"):
+        y = buffer((4, 8, 8), np.uint16)
+        compiled("mma.cu", arch).kernel("transpose").launch(1, 32, [buffer(x), y]).check(written=[y])
+        assert (y.array == x.transpose(0, 2, 1)).all()
+
+
+# The front end
+
+
+def ptx_with(*instructions):
+    body = "\n".join(f"{instruction};" for instruction in instructions)
+    head = ".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 p)\n"
+    return f"{head}{{\n.reg .b32 %r<9>;\n{body}\nret;\n}}"
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "wgmma.fence.sync.aligned",
+        "frobnicate.u32 %r1, %r2",
+        "add.cc.u32 %r1, %r2, %r3",
+        "add.sat.s32 %r1, %r2, %r3",
+        "max.s32 %r1, %r2, %r3, %r4",
+        "prmt.b32.f4e %r1, %r2, %r3, %r4",
+        "ld.shared::cluster.u32 %r1, [%r2]",
+        "cvt.rn.satfinite.e4m3x2.f32 %r1, %r2, %r3",
+        "cvt.rz.bf16x2.f32 %r1, %r2, %r3",
+        "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4}",
+        "cp.async.bulk.commit_group",
+        "mov.u32 %r1, %nosuch",
+        "bra nowhere",
+        "setp.u32 %r1, %r2, %r3",
+        "lop3.b32 %r1, %r2, %r3",
+        "ld.global.u32 %r1",
+    ],
+)
+def test_unknown_ptx_raises_at_decode(instruction):
+    module = Module.from_ptx(ptx_with(instruction))
+    with pytest.raises(PtxError):
+        module.kernel("k")
+    Module.from_ptx(ptx_with("mov.u32 %r1, 5", "add.u32 %r2, %r1, -3")).kernel("k").launch(1, 1, [0]).check()
+
+
+def test_cache_follows_headers_and_flags(tmp_path, monkeypatch):
+    header, source = tmp_path / "factor.h", tmp_path / "kernel.cu"
+    header.write_text("#define FACTOR 3\n")
+    source.write_text('#include "factor.h"\n__global__ void scale(int* x) { x[threadIdx.x] *= FACTOR * SIGN; }\n')
+    monkeypatch.setenv("PTXSIM_CACHE", str(tmp_path / "cache"))
+    compilations = []
+    compile_once = module_file._compile
+    monkeypatch.setattr(module_file, "_compile", lambda *a: compilations.append(a) or compile_once(*a))
+
+    def scaled(sign):
+        x = buffer(np.arange(4, dtype=INT))
+        Module.from_cuda(source, "sm_80", {"SIGN": sign}).kernel("scale").launch(1, 4, [x]).check()
+        return x.array.tolist(), len(compilations)
+
+    assert scaled(1) == ([0, 3, 6, 9], 1)
+    assert scaled(1) == ([0, 3, 6, 9], 1)
+    assert scaled(-1) == ([0, -3, -6, -9], 2)
+    header.write_text("#define FACTOR 10\n")
+    assert scaled(1) == ([0, 10, 20, 30], 3)
+    header.touch()
+    assert scaled(1) == ([0, 10, 20, 30], 3)
+
+
+def test_compiler_errors_are_shown(tmp_path):
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void broken() { nonsense; }\n")
+    with pytest.raises(PtxError, match="nonsense"):
+        Module.from_cuda(source)
+
+
+def test_missing_tools_are_named(monkeypatch):
+    with monkeypatch.context() as without_pybind11:
+        without_pybind11.setattr(build.importlib.util, "find_spec", lambda name: None)
+        assert "pip install pybind11" in missing_tool()
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert "g++ not found" in missing_tool()
+    monkeypatch.setattr(build, "DEFAULT_CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere/else")
+    assert "set CUDA_HOME" in missing_tool()
