@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels and their launchers, run on the CPU: every launch goes to the simulator in tests/ptxsim, which
+reports what a GPU would leave unsaid. Nothing here needs a GPU or torch's CUDA; nvcc is needed.
+
+A `__global__` function in csrc/cuda that no case of ptxsim/ops_cases.py reaches fails this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+from conftest import assert_close
+from ptxsim import cudart
+from ptxsim.cudart import Device, Recorder, package_on
+from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, QuantizeNf4
+from ptxsim.ops_cases import (
+    CASES,
+    SCHEDULED,
+    SEED,
+    TORCH_DTYPE,
+    Problem,
+    case,
+    drop,
+    dropout_argument,
+    threshold_of,
+)
+from samples import NF4_SAMPLES, SAMPLES
+
+import peftkern
+from peftkern import reference
+
+pytestmark = pytest.mark.slow
+
+ARCHS = {
+    "sm_80": dict(seed=0, schedule="default"),
+    "sm_90": dict(seed=1, schedule="random"),
+    "sm_100": dict(seed=2, schedule="chaos"),
+}
+"""Each architecture with a schedule of its own: results may depend on neither."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def simulator():
+    cudart.require()
+
+
+# ---- the kernels, from raw pointers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(case):
+    """No report, all outputs written, inputs intact, the values of reference.py; the same bits on all architectures."""
+    outputs = {arch: case.run(Device(arch, **how), check=arch == "sm_80") for arch, how in ARCHS.items()}
+    assert outputs["sm_80"] == outputs["sm_90"] == outputs["sm_100"]
+
+
+@pytest.mark.parametrize("case", SCHEDULED, ids=str)
+def test_schedules(case):
+    """20 random orders of the warps: no report, and the bits of the default order."""
+    expected = case.run(Device("sm_80"))
+    for seed in range(1, 21):
+        schedule = "chaos" if seed % 4 == 0 else "random"
+        assert case.run(Device("sm_80", seed=seed, schedule=schedule), check=False) == expected
+
+
+def test_every_kernel_is_run():
+    """Decided by the launchers themselves: which of the kernels in the PTX do the cases above reach?"""
+    recorder = Recorder()
+    for each in CASES:
+        each.run_on_recorder(recorder)
+    reached = {name for name, *_ in recorder.launched}
+    for file, module in cudart.modules("sm_80").items():
+        assert module.demangled, f"{file}: holds no kernel, or its templates are instantiated nowhere"
+        missing = [signature for name, signature in module.demangled.items() if name not in reached]
+        assert not missing, f"{file}: no case of tests/ptxsim/ops_cases.py runs {missing}"
+
+
+def test_every_line_is_run():
+    """Of each kernel: a line of source that became PTX, but that no case executes in any instantiation, is untested."""
+    ran = {}
+    for each in CASES:
+        device = Device("sm_80")
+        each.run(device, check=False)
+        for result in device.results:
+            ran[result.kernel] = ran.get(result.kernel, False) | (result.raw["warps"] > 0)
+    with_code, executed = set(), set()
+    for kernel, mask in ran.items():
+        for line, run in zip(kernel.program.lines, mask, strict=True):
+            positions = {(position.file, position.line) for position in line.chain()} if line else set()
+            with_code |= positions
+            executed |= positions if run else set()
+    missed = []
+    for file, number in sorted(with_code - executed):
+        path = cudart.CUDA_SOURCES / file  # or a header of CUDA's
+        text = path.read_text().splitlines()[number - 1].strip() if number and path.exists() else "}"
+        missed += [f"{file}:{number}: {text}"] if text != "}" else []
+    assert not missed
+
+
+def test_every_launcher_has_cases():
+    declared = set(re.findall(r"cudaError_t launch_(\w+)\(", (cudart.CUDA_SOURCES / "kernels.h").read_text()))
+    assert declared == set(OPS) == {each.op for each in CASES}
+
+
+def test_flags_are_those_of_the_build():
+    """A kernel compiled otherwise than by setup.py would be another kernel."""
+    setup = (cudart.ROOT / "setup.py").read_text()
+    assert all(f'"{flag}"' in setup for flag in cudart.NVCC_FLAGS)
+
+
+# ---- the kernels, where a special value is the question --------------------------------------------------------------
+
+
+def test_dropped_nan_vanishes_and_kept_nan_stays():
+    rows, columns, rank, p = 40, 72, 8, 0.3
+    keep = reference.dropout_mask(rows, columns, threshold_of(p), SEED)
+    x = torch.where(keep, torch.randn(rows, columns), torch.tensor(float("nan")))
+    x[~keep & (torch.rand(x.shape) < 0.5)] = float("inf")
+    x_kept = x.clone()
+    x_kept[0, keep[0].nonzero()[0]] = float("nan")
+    f, u = torch.randn(rank, columns), torch.randn(rows, rank)
+    for values in (x, x_kept):
+        for op in ("low_rank_down", "low_rank_grad"):
+            problem = case(op, rows=rows, columns=columns, rank=rank, p=p).make()
+            fresh = Problem()
+            args = problem.args
+            args.x, args.dropout = fresh.place("x", values), dropout_argument(fresh, p)
+            output = "out" if op == "low_rank_down" else "grad"
+            if op == "low_rank_down":
+                args.factor.data = fresh.place("factor", f)
+                args.out, expected = fresh.reserve("out", rows * rank), 0.75 * drop(values, p) @ f.T.double()
+            else:
+                args.u = fresh.place("u", u)
+                args.grad, expected = fresh.reserve("grad", rank * columns), 1.5 * u.T.double() @ drop(values, p)
+            fresh.args = args
+            fresh.run(Device("sm_80"), op)
+            got = fresh.result(output, torch.float32, *expected.shape)
+            assert got.isnan().equal(expected.isnan())
+            assert_close(got[~got.isnan()], expected[~got.isnan()], torch.float32, op)
+
+
+def test_the_mask_itself():
+    """u = F = 1, rank 1, y = 0: the result of low_rank_up is the mask times its scale."""
+    rows, columns, p = 40, 77, 0.3
+    problem = Problem()
+    problem.args = case("low_rank_up", rows=rows, columns=columns, rank=1, p=p).make().args
+    args, ones = problem.args, torch.ones(max(rows, columns))
+    args.alpha, args.dropout = 1.0, dropout_argument(problem, p)
+    args.out_scale = args.bias = args.z = None
+    args.u, args.factor.data = problem.place("u", ones[:rows]), problem.place("factor", ones[:columns])
+    args.y = problem.place("y", torch.zeros(rows, columns))
+    problem.run(Device("sm_100"), "low_rank_up")
+    keep = reference.dropout_mask(rows, columns, threshold_of(p), SEED)
+    scale = torch.tensor(32768 / (32768 - threshold_of(p)), dtype=torch.float32)
+    assert problem.result("y", torch.float32, rows, columns).equal(keep * scale)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_narrowing_rounds_to_nearest_even(dtype):
+    """Ties and special values reach y through the bias."""
+    ties = torch.randint(-(2**31), 2**31, (4000,)).bitwise_or(0x8000).bitwise_and(~0x7FFF).to(torch.int32)
+    special = [0x7F800000, -0x800000, 0x7FC00000, 0x7F7FFFFF, 1, -0x80000000, 0x477FF000, 0x33000000, 0x33000001]
+    values = torch.cat([ties, torch.tensor(special, dtype=torch.int32)]).view(torch.float32)
+    problem, n = Problem(), len(values)
+    problem.args = case("low_rank_up", rows=1, columns=n, rank=0, y=dtype, out_scale=False, z=False).make().args
+    problem.args.bias = problem.place("bias", values)
+    problem.args.y = problem.place("y", torch.zeros(n, dtype=TORCH_DTYPE[dtype]))
+    problem.run(Device("sm_80"), "low_rank_up")
+    got, expected = problem.result("y", TORCH_DTYPE[dtype]), (values + 0.0).to(TORCH_DTYPE[dtype])
+    assert got.isnan().equal(expected.isnan())
+    assert got[~got.isnan()].view(torch.int16).equal(expected[~got.isnan()].view(torch.int16))
+
+
+def test_quantize_a_block_below_the_smallest_divisor():
+    w = torch.full((64,), 1e-42)
+    w[3] = -2e-42
+    problem = Problem()
+    problem.args = QuantizeNf4(
+        problem.place("w", w), F32, 64, 64, problem.reserve("packed", 32, torch.uint8), problem.reserve("absmax", 1)
+    )
+    problem.run(Device("sm_80"), "quantize_nf4")
+    packed, absmax = reference.quantize_nf4(w, 64)
+    assert problem.result("packed", torch.uint8).equal(packed) and problem.result("absmax").equal(absmax)
+
+
+# ---- the launchers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64)])
+def test_bad_block_size_is_refused(args):
+    op = next(op for op, struct in OPS.items() if isinstance(args, struct))
+    recorder = Recorder()
+    with recorder.active():
+        assert getattr(cudart.host_library(), f"ptxsim_{op}")(ctypes.byref(args)) == 1  # cudaErrorInvalidValue
+    assert not recorder.launched
+
+
+@pytest.mark.parametrize("each", SCHEDULED, ids=str)
+def test_a_failing_launch_is_reported(each):
+    """The launcher returns the error of any of its kernels, and leaves none behind."""
+    launches = Recorder()
+    assert each.run_on_recorder(launches) == 0
+    for i in range(len(launches.launched)):
+        assert each.run_on_recorder(Recorder(fails=i)) == cudart.LAUNCH_FAILURE
+
+
+FAULTS = {
+    "no_blocks": (9, "invalid configuration"),
+    "too_many_threads": (9, "invalid configuration"),
+    "grid_y_too_large": (9, "invalid configuration"),
+    "shared_memory_without_attribute": (1, "invalid value"),
+    "shared_memory_with_attribute": (0, ""),
+    "attribute_too_large": (1, "invalid value"),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty_launchers():
+    command = [cudart.nvcc(), "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none"]
+    command += ["-gencode", "arch=compute_80,code=compute_80"]
+    options = (str(cudart.host_library_path()),)
+    return ctypes.CDLL(str(cudart.build(command, [cudart.HERE / "cudart_faults.cu"], ".so", options)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_runtime_refuses(faulty_launchers, fault):
+    recorder = Recorder()
+    with recorder.active():
+        assert getattr(faulty_launchers, fault)() == FAULTS[fault][0]
+    assert len(recorder.launched) == (FAULTS[fault][0] == 0)
+
+
+def test_an_error_nobody_asked_for_shows_up(faulty_launchers):
+    with pytest.raises(AssertionError, match="left CUDA error 9 behind"), Recorder().active():
+        assert faulty_launchers.forgotten_error() == 0
+
+
+# ---- through torch ---------------------------------------------------------------------------------------------------
+
+
+def backward(call):
+    y = call.run()
+    gradient = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+    y.backward(gradient)
+    return y, gradient
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_adapted_linear_on_simulated_kernels(sample):
+    """csrc/cuda/adapted_linear.cpp and nf4.cpp over the simulated launchers: reference values, and those of the CPU."""
+    call = sample.make()
+    weight = call.weight
+    parts = [weight] if isinstance(weight, torch.Tensor) else [weight.packed, weight.absmax]
+    device = Device("sm_80", host_memory=True)
+    with package_on(device, [call.x, call.seed, *parts, *call.trainable.values()]):
+        y, gradient = backward(call)
+    assert device.launched or not y.numel() or (sample.r is None and isinstance(weight, torch.Tensor))
+    on_cpu = sample.make()
+    expected_y, leaves = sample.make().reference()
+    cpu_y, _ = backward(on_cpu)
+    expected_y.backward(gradient.double())
+    assert_close(y, expected_y, y.dtype, "y")
+    assert_close(y, cpu_y, y.dtype, "y, against the CPU kernels")
+    for name, tensor in call.inputs().items():
+        dtype = y.dtype if tensor.dtype == torch.float32 else tensor.dtype  # du = q B has q in the dtype of y
+        worst = max(dtype, y.dtype, key=lambda d: torch.finfo(d).eps)
+        assert_close(tensor.grad, leaves[name].grad, worst, f"d{name}")
+        assert_close(tensor.grad, on_cpu.inputs()[name].grad, worst, f"d{name}, against the CPU kernels")
+
+
+@pytest.mark.parametrize("sample", NF4_SAMPLES, ids=str)
+def test_nf4_on_simulated_kernels(sample):
+    """Bit for bit the CPU's: codes, absmax, double quantization, and the weights that come back."""
+    w = sample.make()
+    expected = peftkern.quantize_nf4(w, sample.block_size, sample.double_quant)
+    with package_on(Device("sm_80", host_memory=True), [w]):
+        got = peftkern.quantize_nf4(w, sample.block_size, sample.double_quant)
+        values = peftkern.dequantize_nf4(got)
+    for part in ("packed", "absmax", "nested_absmax", "offset"):
+        a, b = getattr(got, part), getattr(expected, part)
+        assert (a is None and b is None) or (a.equal(b) and a.shape == b.shape), part
+    assert values.equal(peftkern.dequantize_nf4(expected))
+
+
+@pytest.mark.parametrize("layer_class", [peftkern.LoRALinear, peftkern.QLoRALinear])
+def test_a_layer_trains_on_simulated_kernels(layer_class):
+    """Two steps of SGD: the layer on the simulated GPU and its copy on the CPU stay together, dropout included."""
+    layers = []
+    for simulated in (False, True):
+        torch.manual_seed(3)
+        layer = layer_class(96, 72, r=8, lora_dropout=0.1, init_lora_weights="gaussian")
+        x, target = torch.randn(20, 96), torch.randn(20, 72)
+        device = Device("sm_80", host_memory=True)
+        for _ in range(2):
+            tensors = [x, target, *layer.parameters(), *layer.buffers()]
+            if simulated:
+                with package_on(device, tensors):
+                    step(layer, x, target)
+            else:
+                step(layer, x, target)
+        layers.append(dict(layer.named_parameters()))
+        assert bool(device.launched) == simulated
+    for name, parameter in layers[0].items():
+        assert_close(layers[1][name], parameter, torch.float32, name, slack=2.0)
+
+
+def step(layer, x, target):
+    layer.zero_grad()
+    (layer(x) - target).square().mean().backward()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+
+
+def test_real_memory_that_is_too_small_is_noticed():
+    g, out = torch.randn(6, 40), torch.empty(40)
+    device = Device("sm_80", host_memory=True)
+    device.host_memory.tensors = [g, out]
+    args = dict(g=g.data_ptr(), g_dtype=F32, rows=6, columns=40, out=out.data_ptr())
+    device.run("column_sums", ColumnSums(**args))
+    assert_close(out, g.double().sum(0), torch.float32)
+    with pytest.raises(AssertionError, match=r"ColumnSums.g: 1120 bytes in memory that holds 960"):
+        device.run("column_sums", ColumnSums(**args | {"rows": 7}))
+    device.host_memory.tensors = []  # the heap block of out has 160 bytes, rounded up
+    with pytest.raises(AssertionError, match=r"ColumnSums.out: 320 bytes in memory that holds \d\d\d$"):
+        device.run("column_sums", ColumnSums(**args | {"rows": 3, "columns": 80}))
+
+
+def test_a_launch_error_becomes_an_exception():
+    """As on a GPU: CudaBackend::check of csrc/cuda/backend.h names the op."""
+    recorder = Recorder(fails=0)
+    recorder.host_memory = cudart.HostMemory()
+    w = torch.randn(64)
+    with package_on(recorder, [w]), pytest.raises(RuntimeError, match="quantize_nf4: CUDA error: unspecified launch"):
+        peftkern.quantize_nf4(w)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the CUDA kernels one place at a time and counts what the simulated tests notice. Needs nvcc, no GPU.
+
+    python tools/mutation.py                 # all mutants; writes the score to docs/simulated.md
+    python tools/mutation.py --only absmax   # of csrc/cuda/absmax.cu, and writes nothing
+
+Two kinds of mutants. A barrier, fence, wait or commit of the PTX (sm_80) that some case executes is left out: one
+mutant for each kernel instantiation it is in. A comparison of the source that decides something at run time is moved by
+one, up and down. A mutant counts as noticed if a case fails, by a report of the simulator or by its values. Every
+survivor has to be explained in EXPLAINED; one that is not makes this program fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from ptxsim import Module, PtxError, cudart  # noqa: E402
+from ptxsim.ops_cases import CASES, SCHEDULED, Case  # noqa: E402
+from ptxsim.ops_report import replace_section  # noqa: E402
+
+SYNCHRONIZING = ("bar", "warpsync", "fence", "cp_commit", "cp_wait", "cp_wait_all")
+MAX_STEPS = 10**7  # a mutant that never ends is noticed too
+
+GUARDED = "one more step, over nothing: every access in it is guarded by itself, and its terms are zero"
+SLOW_PATH = "the last whole chunk takes the path for partial ones, which gives the same bits"
+
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("if (aligned && valid >= kChunk)", "to `>`"): SLOW_PATH,
+    ("if (packed_aligned && valid >= kChunk)", "to `>`"): SLOW_PATH,
+    ("if (packed_aligned && valid >= kChunk)", "to `>= -1 +`"): "7 codes fill 4 bytes as well as 8 do",
+    ("byte < 4 && 2 * byte < valid; ++byte)", "to `<=`"): "a fifth byte that exists, and is shifted out of the word",
+    ("absmax < kMinAbsmax ? kMinAbsmax : absmax", "to `<=`"): "the two are equal there",
+    ("if (i > 0) load_chunk(", "to `>=`"): "loads once more what is in registers",
+    ("if (valid <= 0) break;", "to `<`"): "a chunk without elements: nothing is loaded or stored",
+    ("first < args.rows; first += kRowsInFlight", "to `<=`"): GUARDED,
+    ("first_column < args.columns; first_column += kDownColumns", "to `<=`"): GUARDED,
+    ("for (; row < args.rows; row += kRowLanes)", "to `<=`"): GUARDED,
+    ("first_rank < args.rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
+    (
+        "if (valid <= 0) return;",
+        "to `<`",
+    ): "a thread without columns: its accesses are guarded again",
+    ("distance < lanes; distance *= 2", "to `< -1 +`"): "lanes is a power of two, at least 4: lanes / 2 < lanes - 1",
+    ("if (threadIdx.x >= kThreads) return;", "to `>`"): "one more thread loads, inside of F, what store() drops",
+    ("if (threadIdx.x < 32) {", "to `<=`"): "thread 32 stores the values that thread 0 stores, to the same places",
+}
+"""(part of the source line, part of the change) -> why the kernel is as right as before."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    source: str  # the line
+    change: str  # what was done to it
+    kernel: str = ""  # of a dropped instruction
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.change}: {self.source}" + (f" [{self.kernel}]" if self.kernel else "")
+
+
+class MutantDevice(cudart.Device):
+    def __init__(self, kernels: dict | None = None, dropped: tuple[str, int] | None = None):
+        super().__init__("sm_80")
+        self.kernels, self.dropped = kernels or {}, dropped
+
+    def kernel(self, name: str):
+        return self.kernels[name] if name in self.kernels else super().kernel(name)
+
+    def options(self, name: str) -> dict:
+        drop = self.dropped[1] if self.dropped and self.dropped[0] == name else None
+        return {"drop": drop, "max_steps": MAX_STEPS}
+
+
+def noticed(cases: list[Case], make_device) -> bool:
+    for case in cases:
+        try:
+            case.run(make_device())
+        except Exception:
+            return True
+    return False
+
+
+def cases_by_kernel() -> dict[str, list[Case]]:
+    """For each mangled kernel name the cases that run it, the quick general ones first."""
+    shuffled = random.Random(0).sample(CASES, len(CASES))
+    reached: dict[str, list[Case]] = {}
+    for case in [*SCHEDULED, *shuffled]:
+        recorder = cudart.Recorder()
+        case.run_on_recorder(recorder)
+        for name in {name for name, *_ in recorder.launched}:
+            reached.setdefault(name, []).append(case)
+    return reached
+
+
+# ---- instructions left out -------------------------------------------------------------------------------------------
+
+
+def dropped_instructions(file: str, reached: dict[str, list[Case]]):
+    """(mutant, was it noticed) for every executed synchronizing instruction of a file."""
+    for mangled in cudart.modules("sm_80")[file].demangled:
+        kernel, cases = cudart.find_kernel("sm_80", mangled), reached[mangled]
+        candidates = [i for i, op in enumerate(kernel.program.opcodes) if op in SYNCHRONIZING]
+        executed = set()
+        for case in cases if candidates else ():
+            device = cudart.Device("sm_80")
+            case.run(device, check=False)
+            for result in device.results:
+                if result.kernel.mangled == mangled:
+                    executed |= {i for i in candidates if result.raw["warps"][i]}
+        for index in sorted(executed):
+            where = kernel.program.lines[index]
+            path = cudart.CUDA_SOURCES / where.file
+            source = path.read_text().splitlines()[where.line - 1].strip()
+            mutant = Mutant(where.file, where.line, source, "left out", short(kernel.signature))
+            yield mutant, noticed(cases, lambda index=index, name=mangled: MutantDevice(dropped=(name, index)))
+
+
+def short(signature: str) -> str:
+    return re.sub(r"^void |peftkern::|\(.*", "", signature)
+
+
+# ---- comparisons moved by one ----------------------------------------------------------------------------------------
+
+COMPARISON = re.compile(r" (<=|>=|<|>) ")
+MOVES = {"<": (" <= ", " < -1 + "), "<=": (" <= 1 + ", " < "), ">": (" >= ", " > 1 + "), ">=": (" >= -1 + ", " > ")}
+
+
+def comparisons(path: Path) -> list[tuple[Mutant, str]]:
+    """Mutants of a file with their source text: of device code, and not of unrolled loops, whose bounds are constants.
+
+    The host side, from `launch_tiles` or `launch_<op>` on, decides no memory access.
+    """
+    lines, found = path.read_text().splitlines(), []
+    for i, line in enumerate(lines):
+        if re.search(r"launch_\w+\(const ", line) and path.suffix == ".cu":
+            break
+        code = line.split("//")[0]
+        skipped = re.match(r"\s*(#|template|static_assert|constexpr|static constexpr)", code)
+        if skipped or "__launch_bounds__" in code:
+            continue
+        for m in COMPARISON.finditer(code):
+            loop = re.match(r"\s*for \(", code) and m.start() < code.index(";", code.index(";") + 1)
+            if loop and i and lines[i - 1].strip() == "#pragma unroll":
+                continue
+            for move in MOVES[m[1]]:
+                text = "\n".join([*lines[:i], line[: m.start()] + move + line[m.end() :], *lines[i + 1 :]]) + "\n"
+                found.append((Mutant(path.name, i + 1, line.strip(), f"`{m[1]}` to `{move.strip()}`"), text))
+    return found
+
+
+def users(path: Path) -> list[str]:
+    """The .cu files whose kernels a source file is part of."""
+    return [file.name for file in cudart.cuda_files() if path in cudart.with_headers(file)]
+
+
+def moved_comparison(mutant: Mutant, text: str, files: list[str], reached: dict[str, list[Case]]) -> bool | None:
+    """Was it noticed? None if it does not compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(cudart.CUDA_SOURCES.parent, copy, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+        (copy / "cuda" / mutant.file).write_text(text)
+        for file in files:
+            try:
+                module = Module.from_cuda(copy / "cuda" / file, "sm_80")
+            except PtxError:
+                return None
+            kernels = {name: module.kernel(name) for name in module.demangled}
+            cases = {str(case): case for name in kernels for case in reached[name]}
+            if noticed(list(cases.values()), lambda kernels=kernels: MutantDevice(kernels)):
+                return True
+    return False
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def explanation(mutant: Mutant) -> str | None:
+    for (part, change), reason in EXPLAINED.items():
+        if part in mutant.source and change in mutant.change:
+            return reason
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--kind", choices=("all", "dropped", "moved"), default="all")
+    only, kind = (arguments := parser.parse_args()).only, arguments.kind
+    cudart.host_library()
+    start, reached = time.time(), cases_by_kernel()
+    outcome: dict[str, list[tuple[Mutant, bool]]] = {"left out": [], "moved by one": []}
+    if kind != "moved":
+        for file in cudart.modules("sm_80"):
+            if only in file:
+                for mutant, caught in dropped_instructions(file, reached):
+                    outcome["left out"].append((mutant, caught))
+                    show(mutant, caught)
+    if kind != "dropped":
+        jobs = []
+        for path in sorted([*cudart.CUDA_SOURCES.glob("*.cu"), *cudart.CUDA_SOURCES.glob("*.cuh")]):
+            if only in path.name:
+                jobs += [(mutant, text, users(path), reached) for mutant, text in comparisons(path)]
+        # Two at a time: while one runs in nvcc, the other simulates. Nobody will ask for their PTX again.
+        with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as cache:
+            os.environ["PTXSIM_CACHE"] = cache
+            for (mutant, *_), caught in zip(jobs, pool.map(lambda job: moved_comparison(*job), jobs), strict=True):
+                if caught is not None:
+                    outcome["moved by one"].append((mutant, caught))
+                    show(mutant, caught)
+
+    survivors = [mutant for group in outcome.values() for mutant, caught in group if not caught]
+    unexplained = [mutant for mutant in survivors if explanation(mutant) is None]
+    text = report(outcome)
+    print(text, f"{time.time() - start:.0f} s", sep="\n")
+    if not only and kind == "all":
+        replace_section("mutation", text)
+    if unexplained:
+        raise SystemExit("survivors without an explanation:\n  " + "\n  ".join(map(str, unexplained)))
+
+
+def show(mutant: Mutant, caught: bool) -> None:
+    print("noticed " if caught else "SURVIVED", mutant, flush=True)
+
+
+def report(outcome: dict[str, list[tuple[Mutant, bool]]]) -> str:
+    lines = ["| mutants | number | noticed | survived, all explained below |", "|---|---|---|---|"]
+    for name, group in outcome.items():
+        caught = sum(found for _, found in group)
+        lines.append(f"| {name} | {len(group)} | {caught} | {len(group) - caught} |")
+    lines += ["", "| survivor | change | why |", "|---|---|---|"]
+    seen = {}
+    for group in outcome.values():
+        for mutant, caught in group:
+            if not caught:
+                key = (mutant.file, mutant.line, mutant.change)
+                seen[key] = (mutant, explanation(mutant) or "not explained yet")
+    for mutant, reason in seen.values():
+        source = mutant.source.replace("|", "\\|")
+        change = mutant.change.replace("|", "\\|")
+        lines.append(f"| `{mutant.file}`: `{source}` | {change} | {reason} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
