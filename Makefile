@@ -22,9 +22,9 @@ TORCH ?= torch>=2.11
 endif
 
 EXTENSION := peftkern/_C.abi3.so
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell git ls-files | grep -E '\.(h|cpp|inl|cu|cuh)$$')
 
-.PHONY: demo test quick bench build lint format clean
+.PHONY: demo test quick bench build mutation lint format clean
 
 demo: $(VENV)/.demo $(EXTENSION)
 	$(BIN)/peftkern finetune --output runs/demo $(DEMO_ARGS)
@@ -37,6 +37,10 @@ quick: $(VENV)/.test $(EXTENSION)
 
 bench: $(VENV)/.bench $(EXTENSION)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=median -q $(PYTEST_ARGS)
+
+# What the tests of the CUDA kernels notice: leaves out each barrier, moves each bound by one, and lists what survives.
+mutation: $(VENV)/.test $(EXTENSION)
+	$(BIN)/python tools/mutation.py
 
 build: $(EXTENSION)
 
