@@ -95,6 +95,19 @@ inline Tensor reshaped(const Tensor& t, const std::vector<int64_t>& shape) {
   return call_aten("aten::_unsafe_view", "", t, shape);
 }
 
+// [..., n] as a dense matrix [rows, n], whatever of it is zero.
+inline Tensor as_rows(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return dense(torch::stable::reshape(t, std::vector<int64_t>{rows, t.size(t.dim() - 1)}));
+}
+
+inline std::vector<int64_t> with_last_size(const Tensor& t, int64_t n) {
+  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+  shape.back() = n;
+  return shape;
+}
+
 inline Tensor times(const Tensor& a, const Tensor& b) { return call_aten("aten::mul", "Tensor", a, b); }
 
 // The library's products. Autocast may be on around us and return its own dtype, so the result is brought back.
@@ -179,11 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
 
   const Backend backend(x);
   const ScalarType dtype = x.scalar_type();
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  shape.back() = t.out;
-  const Tensor input = dense(torch::stable::reshape(x, std::vector<int64_t>{rows, t.in}));
+  const Tensor input = as_rows(x);
+  const int64_t rows = input.size(0);
+  const std::vector<int64_t> shape = with_last_size(x, t.out);
 
   // bias rides in the epilogue of the base product unless out_scale has to come between
   const bool late_bias = out_scale.has_value();
@@ -244,11 +255,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
 
   const Backend backend(grad);
   const ScalarType dtype = grad.scalar_type();
-  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  shape.back() = t.in;
-  const Tensor g = dense(torch::stable::reshape(grad, std::vector<int64_t>{rows, t.out}));
+  const Tensor g = as_rows(grad);
+  const int64_t rows = g.size(0);
+  const std::vector<int64_t> shape = with_last_size(grad, t.in);
 
   const auto needed = [&](Needs what, const std::vector<int64_t>& size, ScalarType type) {
     return empty(grad, needs & what ? size : std::vector<int64_t>{0}, type);
@@ -322,9 +331,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   }
   if ((needs & kNeedsA) && dA.numel()) {
     PEFTKERN_CHECK(x.has_value(), "x: expected it for the gradient of A");
-    PEFTKERN_CHECK(x->numel() == rows * t.in, "x: expected ", rows * t.in, " elements, got ", x->numel());
+    check_shape(*x, shape, "x");
     check_dtype(*x, dtype, "x");
-    const Tensor input = dense(torch::stable::reshape(*x, std::vector<int64_t>{rows, t.in}));
+    const Tensor input = as_rows(*x);
     backend.low_rank_grad({.u = const_floats(*dh),
                            .x = input.const_data_ptr(),
                            .x_dtype = dtype_of(input, "x"),
