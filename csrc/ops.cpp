@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "base_product.h"
 #include "cpu/dispatch.h"
 #include "cpu/large_buffers.h"
+#include "forced_product.h"
 
 #ifndef PEFTKERN_CUDA_ARCHS
 #define PEFTKERN_CUDA_ARCHS ""  // set by setup.py when CUDA is compiled in
@@ -20,7 +20,8 @@ namespace {
 std::string cpu_isa() { return peftkern::cpu::kernels().name; }
 std::vector<std::string> cpu_isas() { return peftkern::cpu::isa_names(); }
 void set_cpu_isa(std::string name) { peftkern::cpu::set_isa(name); }
-void set_base_product(std::string name) { peftkern::set_base_product(name); }
+void set_product(std::string direction, std::string name) { peftkern::set_product(direction, name); }
+std::vector<std::string> product_names(std::string direction) { return peftkern::product_names(direction); }
 int64_t empty_cpu_cache() { return static_cast<int64_t>(peftkern::cpu::empty_buffer_cache()); }
 std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
 
@@ -46,7 +47,8 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
   m.def("set_cpu_isa(str name) -> ()");
-  m.def("set_base_product(str name) -> ()");
+  m.def("set_product(str direction, str name) -> ()");
+  m.def("product_names(str direction) -> str[]");
   m.def("empty_cpu_cache() -> int");
   m.def("cuda_archs() -> str");
 }
@@ -55,7 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
-  m.impl("set_base_product", TORCH_BOX(&set_base_product));
+  m.impl("set_product", TORCH_BOX(&set_product));
+  m.impl("product_names", TORCH_BOX(&product_names));
   m.impl("empty_cpu_cache", TORCH_BOX(&empty_cpu_cache));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }

@@ -21,7 +21,8 @@ def same_start():
     torch.manual_seed(0)
     yield
     peftkern.set_cpu_isa("")
-    ops.set_base_product("")
+    ops.set_product("forward", "")
+    ops.set_product("gradient", "")
 
 
 @pytest.fixture(params=DEVICES)

@@ -213,24 +213,39 @@ def test_seed_follows_torch(device):
     assert torch.equal(run(training=False), peftkern.adapted_linear(x, w, A, B))
 
 
-FEW_ROWS = [s for s in SAMPLES if isinstance(s.weight, NF4Config) and s.fan_in % s.weight.block_size == 0]
+WAYS = [(direction, name) for direction in ("forward", "gradient") for name in ops.product_names(direction)]
 
 
-@pytest.mark.parametrize("sample", [s for s in FEW_ROWS if torch.Size(s.rows).numel() <= 8], ids=str)
-def test_every_base_product_gives_the_same(sample, isa):
-    results = []
-    for name in ("nf4_few_rows", "library"):
-        ops.set_base_product(name)
-        results.append(sample.make().run())
-    assert_close(results[0], results[1], sample.x, "y")
+@pytest.mark.parametrize("direction, name", WAYS)
+def test_every_way_to_make_a_product_equals_the_reference(direction, name, isa):
+    taken = 0
+    for sample in SAMPLES:
+        call = sample.make()
+        ops.set_product(direction, name)
+        try:
+            y = call.run()
+            grad = torch.randn(y.shape).to(y.dtype)
+            y.backward(grad)
+        except RuntimeError as error:
+            assert f'"{name}" is forced and takes no' in str(error)
+            continue
+        expected, leaves = call.reference()
+        assert_close(y, expected, sample.x, f"{sample}: y")
+        if "x" in leaves:
+            expected.backward(grad.double())
+            assert_close(call.inputs()["x"].grad, leaves["x"].grad, sample.x, f"{sample}: dx", slack=2.0)
+        taken += 1
+    assert taken >= 3
 
 
-def test_a_forced_base_product_is_not_silently_replaced():
-    ops.set_base_product("nf4_few_rows")
+def test_a_forced_product_is_not_silently_replaced():
+    ops.set_product("forward", "nf4_few_rows")
     with pytest.raises(RuntimeError, match='"nf4_few_rows" is forced and takes no 4 rows of this weight'):
         Sample((4,), 32, 24, None).make().run()
-    with pytest.raises(RuntimeError, match='base product: expected "nf4_few_rows", "library" or ""'):
-        ops.set_base_product("fast")
+    with pytest.raises(RuntimeError, match='forward product: expected "nf4_few_rows", .* or "" for the best'):
+        ops.set_product("forward", "fast")
+    with pytest.raises(RuntimeError, match='direction: expected "forward" or "gradient", got "back"'):
+        ops.set_product("back", "library")
 
 
 @pytest.mark.slow

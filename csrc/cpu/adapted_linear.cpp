@@ -9,6 +9,7 @@
 
 #include "backend.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace peftkern {
 
@@ -70,6 +71,8 @@ void CpuBackend::column_sums(const ColumnSums& a) const {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
+  add_product_names<CpuBackend, ForwardProduct>("forward");
+  add_product_names<CpuBackend, GradientProduct>("gradient");
   m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CpuBackend>));
   m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CpuBackend>));
 }

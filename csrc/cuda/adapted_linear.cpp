@@ -5,10 +5,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "backend.h"
+#include "products.h"
 
 namespace peftkern {
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CUDA, m) {
+  add_product_names<CudaBackend, ForwardProduct>("forward");
+  add_product_names<CudaBackend, GradientProduct>("gradient");
   m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CudaBackend>));
   m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CudaBackend>));
 }

@@ -27,8 +27,6 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
 
 class CudaBackend {
  public:
-  static constexpr int64_t kFewRows = 0;  // there is no nf4_few_rows yet
-
   explicit CudaBackend(const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
 
