@@ -43,6 +43,16 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "int in_features, Tensor? h, Tensor? z, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale, float scaling, "
       "float dropout_p, Tensor? seed, int needs) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dlam, Tensor dout_scale, Tensor dbias)");
+  // multi_lora
+  m.def("multi_lora_plan(Tensor adapter_index, int rows, int adapters) -> Tensor");
+  m.def(
+      "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor A, Tensor B, "
+      "Tensor plan, Tensor? ranks, Tensor? scalings, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
+      "bool save_h) -> (Tensor y, Tensor h)");
+  m.def(
+      "multi_lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, int block_size, "
+      "int in_features, Tensor? h, Tensor A, Tensor B, Tensor plan, Tensor? ranks, Tensor? scalings, float scaling, "
+      "float dropout_p, Tensor? seed, int needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
   // what was built, and what runs
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

@@ -7,6 +7,17 @@
 
 namespace peftkern {
 
+inline Dropout checked_dropout(double dropout_p, const OptionalTensor& seed, int64_t rank, const Tensor& x,
+                               const char* x_name) {
+  PEFTKERN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
+  if (dropout_p == 0.0 || rank == 0) return {};
+  PEFTKERN_CHECK(seed.has_value(), "seed: expected an int64 tensor of one element with dropout_p > 0, got None");
+  check_dtype(*seed, ScalarType::Long, "seed");
+  PEFTKERN_CHECK(seed->numel() == 1, "seed: expected one element, got ", seed->numel());
+  check_device(*seed, x, "seed", x_name);
+  return make_dropout(static_cast<const int64_t*>(seed->const_data_ptr()), dropout_p);
+}
+
 // The arguments both directions share, and the one C++ copy of their contract.
 struct Terms {
   Tensor weight;          // [out, in], or NF4: packed [ceil(out * in / 2)] uint8 with
@@ -46,14 +57,7 @@ struct Terms {
     check_vector(out_scale, out, "out_scale");
     if (lam) check_device(*lam, x, "lam", x_name);
     if (out_scale) check_device(*out_scale, x, "out_scale", x_name);
-    PEFTKERN_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
-    if (dropout_p > 0.0 && rank > 0) {
-      PEFTKERN_CHECK(seed.has_value(), "seed: expected an int64 tensor of one element with dropout_p > 0, got None");
-      check_dtype(*seed, ScalarType::Long, "seed");
-      PEFTKERN_CHECK(seed->numel() == 1, "seed: expected one element, got ", seed->numel());
-      check_device(*seed, x, "seed", x_name);
-      dropout = make_dropout(static_cast<const int64_t*>(seed->const_data_ptr()), dropout_p);
-    }
+    dropout = checked_dropout(dropout_p, seed, rank, x, x_name);
   }
 
   // [out, in] in the dtype of the activations. NF4: all paths use these very bits.

@@ -6,7 +6,16 @@ from .adapter_io import load_adapter, save_adapter
 from .config import LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
 from .modules import LoRALinear, NF4Linear, QLoRALinear
-from .ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from .ops import (
+    NF4Config,
+    NF4Weight,
+    adapted_linear,
+    dequantize_nf4,
+    lora_linear,
+    multi_lora_linear,
+    nf4_linear,
+    quantize_nf4,
+)
 
 __version__ = "0.1.0"
 
@@ -28,6 +37,7 @@ __all__ = [
     "lora_linear",
     "memory_footprint",
     "merge",
+    "multi_lora_linear",
     "nf4_linear",
     "quantize_nf4",
     "save_adapter",

@@ -48,6 +48,37 @@ def adapted_linear(
     return y if bias is None else y + bias
 
 
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    adapter_index: Tensor,
+    *,
+    scaling: Tensor | float = 1.0,
+    ranks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """``y = x W^T + s_a (drop(x) A_a^T) B_a^T + bias``, a the adapter of the row; without the middle term where a = -1.
+
+    Shapes: x [..., in], weight [out, in], A [adapters, r, in], B [adapters, out, r], bias [out]; y [..., out].
+    adapter_index: of x's leading shape, or [x.shape[0]]; scaling: a number or [adapters]; ranks: [adapters], past which
+    rows of A and columns of B do not count. S-LoRA: Sheng et al. 2023, arXiv 2311.03285.
+    """
+    y = x @ weight.T
+    index = adapter_index.reshape(adapter_index.shape + (1,) * (x.dim() - 1 - adapter_index.dim()))
+    index = index.expand(x.shape[:-1])
+    dropped = dropout(x, dropout_p, seed)
+    for a in range(A.shape[0]):
+        r = A.shape[1] if ranks is None else int(ranks[a])
+        s = scaling[a] if isinstance(scaling, Tensor) else scaling
+        delta = s * ((dropped @ A[a, :r].T) @ B[a, :, :r].T)
+        y = y + torch.where((index == a)[..., None], delta, torch.zeros_like(delta))
+    return y if bias is None else y + bias
+
+
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 

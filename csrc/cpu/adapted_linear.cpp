@@ -10,30 +10,15 @@
 #include "backend.h"
 #include "kernels.h"
 #include "products.h"
+#include "split.h"
 
 namespace peftkern {
 
 using cpu::kColumnUnit;
 using cpu::kernels;
 using cpu::kRowUnit;
-using torch::stable::parallel_for;
-
-namespace {
-
-constexpr double kWorkPerThread = 1 << 16;  // multiply-adds; below about 10 us of work a second thread costs more
-
-// f(begin, end) over [0, n) in whole units, on as many threads as the work (multiply-adds per element of n) is worth.
-template <class F>
-void split(int64_t n, int64_t unit, double work_per_element, const F& f) {
-  const double units = kWorkPerThread / (work_per_element * static_cast<double>(unit) + 1.0);
-  const int64_t grain = units < 1.0 ? 1 : static_cast<int64_t>(units);
-  parallel_for(0, ceil_div(n, unit), grain,
-               [&](int64_t begin, int64_t end) { f(begin * unit, end * unit < n ? end * unit : n); });
-}
-
-int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
-}  // namespace
+using cpu::round_up;
+using cpu::split;
 
 void CpuBackend::low_rank_down(const LowRankDown& a) const {
   const auto& k = kernels();

@@ -2,6 +2,7 @@
 // The CPU as csrc/adapted_linear.h and csrc/nf4_ops.h see it. CudaBackend has the same members.
 #pragma once
 #include "../low_rank.h"
+#include "../multi_low_rank.h"
 #include "../nf4.h"
 #include "../tensors.h"
 
@@ -18,6 +19,11 @@ class CpuBackend {
   void low_rank_up(const LowRankUp&) const;
   void low_rank_grad(const LowRankGrad&) const;
   void column_sums(const ColumnSums&) const;
+
+  void multi_lora_plan(const MultiLoraPlan&) const;  // throws for an index out of range
+  void multi_lora_down(const MultiLoraDown&) const;
+  void multi_lora_up(const MultiLoraUp&) const;
+  void multi_lora_grad(const MultiLoraGrad&) const;
 
   void quantize_nf4(const QuantizeNf4&) const;
   void dequantize_nf4(const DequantizeNf4&) const;

@@ -3,14 +3,18 @@
 // over threads and calls kernels().f(...). Torch-free.
 #pragma once
 #include "../low_rank.h"
+#include "../multi_low_rank.h"
 #include "../nf4.h"
 
 namespace peftkern::cpu {
 
 // Work is handed out in these units, on every ISA, so that no result depends on the split.
-constexpr int64_t kRowUnit = 8;      // rows of low_rank_down and low_rank_up
-constexpr int64_t kColumnUnit = 64;  // columns of low_rank_grad and column_sums
-constexpr int64_t kRowBlock = 64;    // rows whose rank sums low_rank_down holds in scratch
+constexpr int64_t kRowUnit = 8;       // rows of low_rank_down and low_rank_up
+constexpr int64_t kColumnUnit = 64;   // columns of low_rank_grad and column_sums
+constexpr int64_t kRowBlock = 64;     // rows whose rank sums low_rank_down holds in scratch
+constexpr int64_t kRowChunk = 128;    // entries of a call of multi_lora_down: a factor is packed once for them
+constexpr int64_t kPanelDepth = 256;  // columns of a factor that multi_lora_down packs at a time
+constexpr int64_t kColumnSpan = 512;  // columns of a call of multi_lora_up
 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
 // 16 weights, and a product that follows streams them from memory anyway.
@@ -39,6 +43,16 @@ struct KernelTable {
   // ISA) columns the even ones come first, as a packed byte holds an even and an odd one.
   void (*pack_few_rows)(const Nf4FewRows&, float* packed_x);
   void (*nf4_few_rows)(const Nf4FewRows&, const float* packed_x, int64_t column0, int64_t column1);
+
+  // One adapter, `rank` of whose ranks count, and entries of its own. scratch: [kRowChunk + kPanelDepth, padded_rank]
+  void (*multi_lora_down)(const MultiLoraDown&, int64_t adapter, int64_t rank, int64_t entry0, int64_t entry1,
+                          float* scratch);
+  // scratch: [padded_rank, kColumnSpan]
+  void (*multi_lora_up)(const MultiLoraUp&, int64_t adapter, int64_t rank, int64_t entry0, int64_t entry1,
+                        int64_t column0, int64_t column1, float* scratch);
+  // scratch: as for low_rank_grad
+  void (*multi_lora_grad)(const MultiLoraGrad&, int64_t adapter, int64_t rank, int64_t column0, int64_t column1,
+                          float* scratch);
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

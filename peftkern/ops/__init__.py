@@ -2,8 +2,10 @@
 """The functional API: one file per op, which holds the public function, its fake kernel and its gradient."""
 
 from .adapted_linear import adapted_linear, lora_linear, nf4_linear
+from .multi_lora import multi_lora_linear
 from .nf4 import NF4Config, NF4Weight, dequantize_nf4, quantize_nf4
 
 __all__ = [
-    "NF4Config", "NF4Weight", "adapted_linear", "dequantize_nf4", "lora_linear", "nf4_linear", "quantize_nf4",
+    "NF4Config", "NF4Weight", "adapted_linear", "dequantize_nf4", "lora_linear",
+    "multi_lora_linear", "nf4_linear", "quantize_nf4",
 ]  # fmt: skip

@@ -77,6 +77,39 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
+def base_arguments(
+    x: Tensor, weight: Tensor | NF4Weight
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """weight as the ops take it: (data, absmax, nested_absmax, offset, block_size, out_features)."""
+    if isinstance(weight, NF4Weight):
+        if len(weight.shape) != 2:
+            raise RuntimeError(f"weight: expected an NF4 weight of shape [out, in], got {list(weight.shape)}")
+        out_features, in_features = weight.shape
+        if x.dim() == 0 or x.shape[-1] != in_features:
+            raise RuntimeError(
+                f"x: expected shape [..., {in_features}] for weight {list(weight.shape)}, got {list(x.shape)}"
+            )
+        return weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.block_size, out_features
+    if weight.dim() != 2:
+        raise RuntimeError(f"weight: expected shape [out, in], got {list(weight.shape)}")
+    return weight, None, None, None, 64, weight.shape[0]
+
+
+def cast_by_autocast(x: Tensor) -> Tensor:
+    """As ``F.linear`` does under autocast."""
+    if x.dtype in FLOAT_DTYPES and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def refuse_trainable_base(weight: Tensor) -> None:
+    if weight.requires_grad:
+        raise NotImplementedError(
+            "weight: expected requires_grad=False, the base of an adapted layer is frozen; "
+            "call weight.requires_grad_(False) or weight.detach()"
+        )
+
+
 def adapted_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
@@ -106,33 +139,14 @@ def adapted_linear(
     >>> adapted_linear(x, w, torch.randn(8, 64), torch.zeros(32, 8), scaling=2.0).shape
     torch.Size([4, 32])
     """
-    if isinstance(weight, NF4Weight):
-        if len(weight.shape) != 2:
-            raise RuntimeError(f"weight: expected an NF4 weight of shape [out, in], got {list(weight.shape)}")
-        out_features, in_features = weight.shape
-        if x.dim() == 0 or x.shape[-1] != in_features:
-            raise RuntimeError(
-                f"x: expected shape [..., {in_features}] for weight {list(weight.shape)}, got {list(x.shape)}"
-            )
-        packed, absmax, block_size = weight.packed, weight.absmax, weight.block_size
-        nested_absmax, offset = weight.nested_absmax, weight.offset
-    else:
-        if weight.dim() != 2:
-            raise RuntimeError(f"weight: expected shape [out, in], got {list(weight.shape)}")
-        out_features, block_size = weight.shape[0], 64
-        packed, absmax, nested_absmax, offset = weight, None, None, None
-    if x.dtype in FLOAT_DTYPES and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    packed, absmax, nested_absmax, offset, block_size, out_features = base_arguments(x, weight)
+    x = cast_by_autocast(x)
     if not training or A is None:
         dropout_p, seed = 0.0, None
     elif dropout_p > 0.0 and seed is None:
         seed = draw_seed(x.device)
     if torch.is_grad_enabled():
-        if packed.requires_grad:
-            raise NotImplementedError(
-                "weight: expected requires_grad=False, the base of an adapted layer is frozen; "
-                "call weight.requires_grad_(False) or weight.detach()"
-            )
+        refuse_trainable_base(packed)
         return _AdaptedLinear.apply(
             x, packed, absmax, nested_absmax, offset, A, B, lam, out_scale, bias,
             block_size, out_features, float(scaling), float(dropout_p), seed,

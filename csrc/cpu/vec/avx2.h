@@ -54,6 +54,25 @@ inline void store_first(T* p, int64_t n, F32 a) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+inline void transpose(F32 (&r)[kWidth]) {
+  __m256 quad[kWidth];  // [half of the rows][column of a 128-bit lane]
+  for (int half = 0; half < 2; ++half) {
+    const F32* in = r + 4 * half;
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(in[0].v, in[1].v));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(in[0].v, in[1].v));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(in[2].v, in[3].v));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(in[2].v, in[3].v));
+    quad[4 * half + 0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+    quad[4 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    quad[4 * half + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+    quad[4 * half + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+  }
+  for (int k = 0; k < 4; ++k) {
+    r[k].v = _mm256_permute2f128_ps(quad[k], quad[4 + k], 0x20);
+    r[4 + k].v = _mm256_permute2f128_ps(quad[k], quad[4 + k], 0x31);
+  }
+}
+
 // High and low 32 bits of the 8 products a * m: AVX2 multiplies 32 x 32 -> 64 bits on even lanes only.
 inline void multiply(__m256i a, uint32_t m, __m256i& high, __m256i& low) {
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));

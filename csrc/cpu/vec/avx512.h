@@ -42,6 +42,31 @@ inline void store_first(float* p, int64_t n, F32 a) { _mm512_mask_storeu_ps(p, f
 inline void store_first(bf16_t* p, int64_t n, F32 a) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(a)); }
 inline void store_first(f16_t* p, int64_t n, F32 a) { _mm256_mask_storeu_epi16(p, first(n), to_f16(a)); }
 
+inline void transpose(F32 (&r)[kWidth]) {
+  __m512 quad[4][4];  // [quarter of the rows][column of a 128-bit lane]
+  for (int q = 0; q < 4; ++q) {
+    const F32* in = r + 4 * q;
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(in[0].v, in[1].v));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(in[0].v, in[1].v));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(in[2].v, in[3].v));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(in[2].v, in[3].v));
+    quad[q][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    quad[q][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    quad[q][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    quad[q][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+  }
+  for (int k = 0; k < 4; ++k) {  // a 4 x 4 transposition of 128-bit lanes: even ones, odd ones, twice
+    const __m512 even01 = _mm512_shuffle_f32x4(quad[0][k], quad[1][k], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(quad[0][k], quad[1][k], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(quad[2][k], quad[3][k], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(quad[2][k], quad[3][k], 0xdd);
+    r[k].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    r[4 + k].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    r[8 + k].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    r[12 + k].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+}
+
 // High and low 32 bits of the 16 products a * m: the machine multiplies 32 x 32 -> 64 on even lanes only.
 inline void multiply(__m512i a, uint32_t m, __m512i& high, __m512i& low) {
   const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));

@@ -34,6 +34,8 @@ inline void store_first(T* p, int64_t, F32 a) {
   store(p, a);
 }
 
+inline void transpose(F32 (&)[kWidth]) {}  // rows of a kWidth x kWidth block become its columns
+
 // Keep bits (dropout.h) of kWidth chunks of 8 columns, a byte a chunk.
 inline void keep_bytes(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold, uint8_t* out) {
   *out = static_cast<uint8_t>(keep_bits(seed, row, chunk, threshold));
