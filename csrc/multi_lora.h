@@ -122,6 +122,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
   const Bank bank(A, B, ranks, scalings, plan, scaling, dropout_p, seed, t, rows, x, "x");
 
   const Backend backend(x);
+  backend.check_ranks(bank.rank_data(), bank.adapters, bank.rank);
   Tensor y = make(backend, ForwardProduct{t, input, std::nullopt, bias, std::nullopt});
   const std::vector<int64_t> h_shape{rows, bank.rank};
   Tensor h = empty(x, save_h ? h_shape : std::vector<int64_t>{0}, ScalarType::Float);
@@ -170,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_linear_backward(
   const std::vector<int64_t> shape = with_last_size(grad, t.in);
 
   const Backend backend(grad);
+  backend.check_ranks(bank.rank_data(), bank.adapters, bank.rank);
   const auto needed = [&](Needs what, const std::vector<int64_t>& size, ScalarType type) {
     return empty(grad, needs & what ? size : std::vector<int64_t>{0}, type);
   };

@@ -20,7 +20,8 @@ class CpuBackend {
   void low_rank_grad(const LowRankGrad&) const;
   void column_sums(const ColumnSums&) const;
 
-  void multi_lora_plan(const MultiLoraPlan&) const;  // throws for an index out of range
+  void check_ranks(const int32_t* ranks, int64_t adapters, int64_t rank) const;  // throws for one out of range
+  void multi_lora_plan(const MultiLoraPlan&) const;                              // throws for an index out of range
   void multi_lora_down(const MultiLoraDown&) const;
   void multi_lora_up(const MultiLoraUp&) const;
   void multi_lora_grad(const MultiLoraGrad&) const;

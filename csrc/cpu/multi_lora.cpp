@@ -27,9 +27,7 @@ struct Chunk {
   int64_t adapter, rank, entry0, entry1;
 };
 
-int64_t rank_of(const int32_t* ranks, int64_t rank, int64_t adapter) {
-  return ranks ? std::clamp<int64_t>(ranks[adapter], 0, rank) : rank;
-}
+int64_t rank_of(const int32_t* ranks, int64_t rank, int64_t adapter) { return ranks ? ranks[adapter] : rank; }
 
 std::vector<Chunk> chunks_of(const RowGroups& groups, const int32_t* ranks, int64_t rank) {
   std::vector<Chunk> chunks;
@@ -40,6 +38,12 @@ std::vector<Chunk> chunks_of(const RowGroups& groups, const int32_t* ranks, int6
 }
 
 }  // namespace
+
+void CpuBackend::check_ranks(const int32_t* ranks, int64_t adapters, int64_t rank) const {
+  for (int64_t a = 0; ranks && a < adapters; ++a)
+    PEFTKERN_CHECK(ranks[a] >= 0 && ranks[a] <= rank, "ranks: expected 0 to ", rank, ", got ", ranks[a],
+                   " for adapter ", a);
+}
 
 void CpuBackend::multi_lora_plan(const MultiLoraPlan& a) const {
   const int64_t run = a.indices ? a.rows / a.indices : 1;

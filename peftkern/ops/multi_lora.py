@@ -106,7 +106,7 @@ def multi_lora_linear(
     would have to wait; on the CPU it raises. A gradient is a sum in row order, the same for any number of threads.
 
     Raises RuntimeError naming the argument for a wrong shape, dtype, device or index; NotImplementedError if weight or
-    scaling requires a gradient. Punica: Chen et al. 2023, arXiv 2310.18547; S-LoRA: Sheng et al. 2023, arXiv 2311.03285.
+    scaling requires a gradient. Punica: arXiv 2310.18547; S-LoRA: arXiv 2311.03285.
 
     >>> x, w = torch.randn(3, 64), torch.randn(32, 64)
     >>> A, B = torch.randn(5, 8, 64), torch.randn(5, 32, 8)
