@@ -13,6 +13,7 @@ import re
 import pytest
 import torch
 from conftest import assert_close
+from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, package_on
 from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, QuantizeNf4
@@ -31,6 +32,7 @@ from samples import NF4_SAMPLES, SAMPLES
 
 import peftkern
 from peftkern import reference
+from peftkern.ops import multi_lora
 
 pytestmark = pytest.mark.slow
 
@@ -269,6 +271,45 @@ def test_adapted_linear_on_simulated_kernels(sample):
         worst = max(dtype, y.dtype, key=lambda d: torch.finfo(d).eps)
         assert_close(tensor.grad, leaves[name].grad, worst, f"d{name}")
         assert_close(tensor.grad, on_cpu.inputs()[name].grad, worst, f"d{name}, against the CPU kernels")
+
+
+@pytest.mark.parametrize("sample", MULTI_SAMPLES, ids=str)
+def test_multi_lora_linear_on_simulated_kernels(sample):
+    """csrc/cuda/multi_lora.cpp over the simulated launchers: reference values."""
+    call = sample.make()
+    device = Device("sm_80", host_memory=True)
+    with package_on(device, call.tensors()):
+        y, gradient = backward(call)
+    assert any("multi_lora_plan" in name for name, *_ in device.launched)
+    expected, leaves = call.reference()
+    expected.backward(gradient.double())
+    assert_close(y, expected, y.dtype, "y")
+    for name, tensor in call.inputs().items():
+        dtype = y.dtype if tensor.dtype == torch.float32 else tensor.dtype
+        worst = max(dtype, y.dtype, key=lambda d: torch.finfo(d).eps)
+        assert_close(tensor.grad, leaves[name].grad, worst, f"d{name}")
+
+
+def test_a_plan_is_the_same_on_both_devices():
+    index = torch.randint(-1, 7, (300,))
+    x = torch.empty(300, 4)
+    expected = multi_lora.make_plan(index, x, 7)
+    with package_on(Device("sm_80", host_memory=True), [index]):
+        got = multi_lora.make_plan(index, x, 7)
+    assert torch.equal(got, expected)
+
+
+def test_bad_indices_and_ranks_do_no_harm():
+    """What the CPU refuses counts as no adapter, or as the nearest rank: a check would have to wait for the device."""
+    call = MULTI_SAMPLES[8].make()
+    plain = call.copy()
+    call.index, call.ranks = call.index.clone(), torch.full_like(call.ranks, 1000)
+    call.index[:2] = torch.tensor([call.ranks.numel(), -9])
+    plain.index, plain.ranks = call.index.clone(), torch.full_like(call.ranks, call.trainable["A"].shape[1])
+    plain.index[:2] = -1
+    with package_on(Device("sm_80", host_memory=True), call.tensors()):
+        y = call.run()
+    assert_close(y, plain.run(), torch.float32)
 
 
 @pytest.mark.parametrize("sample", NF4_SAMPLES, ids=str)

@@ -40,6 +40,18 @@ class CudaBackend {
   void low_rank_grad(const LowRankGrad& args) const { check(launch_low_rank_grad(args, stream_), "low_rank_grad"); }
   void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
 
+  void check_ranks(const int32_t*, int64_t, int64_t) const {}  // they are on the device: kernels clamp them
+  void multi_lora_plan(const MultiLoraPlan& args) const {
+    check(launch_multi_lora_plan(args, stream_), "multi_lora_plan");
+  }
+  void multi_lora_down(const MultiLoraDown& args) const {
+    check(launch_multi_lora_down(args, stream_), "multi_lora_down");
+  }
+  void multi_lora_up(const MultiLoraUp& args) const { check(launch_multi_lora_up(args, stream_), "multi_lora_up"); }
+  void multi_lora_grad(const MultiLoraGrad& args) const {
+    check(launch_multi_lora_grad(args, stream_), "multi_lora_grad");
+  }
+
   void quantize_nf4(const QuantizeNf4& args) const { check(launch_quantize_nf4(args, stream_), "quantize_nf4"); }
   void dequantize_nf4(const DequantizeNf4& args) const {
     check(launch_dequantize_nf4(args, stream_), "dequantize_nf4");

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../low_rank.h"
+#include "../multi_low_rank.h"
 #include "../nf4.h"
 
 namespace peftkern {
@@ -14,6 +15,11 @@ cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);
 cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream);
 cudaError_t launch_column_sums(const ColumnSums& args, cudaStream_t stream);
+
+cudaError_t launch_multi_lora_plan(const MultiLoraPlan& args, cudaStream_t stream);
+cudaError_t launch_multi_lora_down(const MultiLoraDown& args, cudaStream_t stream);
+cudaError_t launch_multi_lora_up(const MultiLoraUp& args, cudaStream_t stream);
+cudaError_t launch_multi_lora_grad(const MultiLoraGrad& args, cudaStream_t stream);
 
 cudaError_t launch_quantize_nf4(const QuantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream);

@@ -37,13 +37,19 @@ struct FactorChunk {
   // The dtype is a run-time argument: F is small, and a template argument would triple the number of kernels.
   __device__ __forceinline__ void load(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
                                        int64_t first_column) {
+    load(factor, rank, columns, first_rank, first_column, rank);
+  }
+
+  // Of F's `rank` ranks only the first `used` count; the others become 0 and are never touched.
+  __device__ __forceinline__ void load(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
+                                       int64_t first_column, int64_t used) {
     if (threadIdx.x >= kThreads) return;
     const int64_t r = first_rank + (factor.rank_major ? rank_major_row() : column_major_row());
     const int64_t c = first_column + (factor.rank_major ? rank_major_column() : column_major_column());
     const int64_t stride = factor.rank_major ? columns : rank;
     const int64_t index = factor.rank_major ? r * columns + c : c * rank + r;
-    int64_t valid = factor.rank_major ? columns - c : rank - r;
-    if (r >= rank || c >= columns) valid = 0;
+    int64_t valid = factor.rank_major ? columns - c : used - r;
+    if (r >= used || c >= columns) valid = 0;
     switch (factor.dtype) {
       case DType::f32: load_as<float>(factor.data, index, valid, stride); break;
       case DType::bf16: load_as<bf16_t>(factor.data, index, valid, stride); break;

@@ -266,7 +266,7 @@ class HostMemory:
         for operand in args.operands():
             address = operand.address(args)
             if address and operand.nbytes:
-                self._check_extent(struct.__name__, operand, address)
+                self._check_extent(struct.__name__, operand, address, args)
                 memory = buffer.at(
                     address, operand.nbytes, operand.path,
                     initialised=operand.access != WRITE, writable=operand.access != READ,
@@ -281,14 +281,15 @@ class HostMemory:
             assert not missing, f"{operand.path}: {missing} of {operand.nbytes} bytes were never written"
         self.raw, self.buffers = b"", {}
 
-    def _check_extent(self, struct: str, operand: Operand, address: int) -> None:
+    def _check_extent(self, struct: str, operand: Operand, address: int, args: ctypes.Structure) -> None:
         for tensor in self.tensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes():
                 room = storage.data_ptr() + storage.nbytes() - address
                 break
         else:
-            room = ctypes.CDLL(None).malloc_usable_size(ctypes.c_void_p(address))
+            start = operand.start(args)
+            room = start + ctypes.CDLL(None).malloc_usable_size(ctypes.c_void_p(start)) - address
         assert room >= operand.nbytes, f"{struct}.{operand.path}: {operand.nbytes} bytes in memory that holds {room}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The argument structs of csrc/low_rank.h and csrc/nf4.h in ctypes, and what memory each one names.
+"""The argument structs of csrc/low_rank.h, csrc/multi_low_rank.h and csrc/nf4.h in ctypes, and the memory each names.
 
 `cudart.py` compiles static_asserts from this file, so a struct that changes there does not build here.
 """
@@ -28,9 +28,14 @@ class Operand:
     path: str
     nbytes: int
     access: str  # READ; WRITE: uninitialised before, written completely after; UPDATE: read and written
+    within: str = ""  # the pointer to the start of the allocation that this one points into, if it is another
 
     def address(self, args: ctypes.Structure) -> int:
         return _get(args, self.path) or 0
+
+    def start(self, args: ctypes.Structure) -> int:
+        """Of the allocation."""
+        return _get(args, self.within or self.path)
 
     def set_address(self, args: ctypes.Structure, address: int) -> None:
         *parents, field = self.path.split(".")
@@ -163,6 +168,92 @@ class DequantizeAbsmax(ctypes.Structure):
         yield Operand("absmax", self.n * 4, WRITE)
 
 
+class RowGroups(ctypes.Structure):
+    _fields_ = [
+        ("offsets", c_void_p), ("order", c_void_p), ("tiles", c_void_p), ("rows", c_int64), ("adapters", c_int64),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("groups.offsets", 8 * (self.adapters + 2), READ)
+        yield Operand("groups.order", 8 * self.rows, READ, within="groups.offsets")
+        tiles = max_row_tiles(self.rows, self.adapters)
+        yield Operand("groups.tiles", 16 * tiles, READ, within="groups.offsets")
+
+
+def max_row_tiles(rows: int, adapters: int) -> int:
+    return rows // 32 + adapters + 1
+
+
+class MultiLoraPlan(ctypes.Structure):
+    _fields_ = [
+        ("index", c_void_p), ("indices", c_int64), ("rows", c_int64), ("adapters", c_int64), ("offsets", c_void_p),
+        ("order", c_void_p), ("tiles", c_void_p), ("cursor", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("index", 8 * self.indices, READ)
+        yield Operand("offsets", 8 * (self.adapters + 2), WRITE)
+        yield Operand("order", 8 * self.rows, WRITE, within="offsets")
+        yield Operand("tiles", 16 * max_row_tiles(self.rows, self.adapters), WRITE, within="offsets")
+        yield Operand("cursor", 8 * (self.adapters + 1), WRITE, within="offsets")
+
+
+class FactorBank(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int32), ("rank_major", c_bool), ("ranks", c_void_p)]
+
+
+class MultiLoraDown(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("x_dtype", c_int32), ("groups", RowGroups), ("columns", c_int64), ("rank", c_int64),
+        ("factors", FactorBank), ("alphas", c_void_p), ("alpha", c_float), ("dropout", Dropout), ("out", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        rows, adapters = self.groups.rows, self.groups.adapters
+        yield from self.groups.operands()
+        yield Operand("x", rows * self.columns * size_of(self.x_dtype), READ)
+        yield Operand("factors.data", adapters * self.columns * self.rank * size_of(self.factors.dtype), READ)
+        yield Operand("factors.ranks", 4 * adapters, READ)
+        yield Operand("alphas", 4 * adapters, READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("out", rows * self.rank * 4, WRITE)
+
+
+class MultiLoraUp(ctypes.Structure):
+    _fields_ = [
+        ("u", c_void_p), ("groups", RowGroups), ("columns", c_int64), ("rank", c_int64), ("factors", FactorBank),
+        ("alphas", c_void_p), ("alpha", c_float), ("dropout", Dropout), ("y", c_void_p), ("y_dtype", c_int32),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        rows, adapters = self.groups.rows, self.groups.adapters
+        yield from self.groups.operands()
+        yield Operand("u", rows * self.rank * 4, READ)
+        yield Operand("factors.data", adapters * self.columns * self.rank * size_of(self.factors.dtype), READ)
+        yield Operand("factors.ranks", 4 * adapters, READ)
+        yield Operand("alphas", 4 * adapters, READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("y", rows * self.columns * size_of(self.y_dtype), UPDATE)
+
+
+class MultiLoraGrad(ctypes.Structure):
+    _fields_ = [
+        ("u", c_void_p), ("x", c_void_p), ("x_dtype", c_int32), ("groups", RowGroups), ("columns", c_int64),
+        ("rank", c_int64), ("ranks", c_void_p), ("alphas", c_void_p), ("alpha", c_float), ("dropout", Dropout),
+        ("grad", c_void_p), ("grad_dtype", c_int32), ("rank_major", c_bool),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        rows, adapters = self.groups.rows, self.groups.adapters
+        yield from self.groups.operands()
+        yield Operand("u", rows * self.rank * 4, READ)
+        yield Operand("x", rows * self.columns * size_of(self.x_dtype), READ)
+        yield Operand("ranks", 4 * adapters, READ)
+        yield Operand("alphas", 4 * adapters, READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("grad", adapters * self.columns * self.rank * size_of(self.grad_dtype), WRITE)
+
+
 OPS: dict[str, type[ctypes.Structure]] = {
     "low_rank_down": LowRankDown,
     "low_rank_up": LowRankUp,
@@ -172,6 +263,10 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "dequantize_nf4": DequantizeNf4,
     "quantize_absmax": QuantizeAbsmax,
     "dequantize_absmax": DequantizeAbsmax,
+    "multi_lora_plan": MultiLoraPlan,
+    "multi_lora_down": MultiLoraDown,
+    "multi_lora_up": MultiLoraUp,
+    "multi_lora_grad": MultiLoraGrad,
 }
 """launch_<op> of csrc/cuda/kernels.h and the struct it takes."""
 
@@ -179,7 +274,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
 def wrappers() -> str:
     """C++ that gives every launcher a C name, and checks every field above against the headers."""
     lines = ['#include "kernels.h"', "using namespace peftkern;"]
-    for struct in (Dropout, Factor, *OPS.values()):
+    for struct in (Dropout, Factor, RowGroups, FactorBank, *OPS.values()):
         name = struct.__name__
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, *_ in struct._fields_:

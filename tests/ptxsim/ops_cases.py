@@ -10,16 +10,14 @@ import ctypes
 import itertools
 import threading
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from peftkern import reference
 
-from . import buffer
 from .cudart import Device, Recorder, host_library
+from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
     BF16,
     F16,
@@ -28,7 +26,6 @@ from .ops import (
     ColumnSums,
     DequantizeAbsmax,
     DequantizeNf4,
-    Dropout,
     Factor,
     LowRankDown,
     LowRankGrad,
@@ -36,68 +33,24 @@ from .ops import (
     QuantizeAbsmax,
     QuantizeNf4,
 )
+from .problem import (
+    DTYPES,
+    SEED,
+    TORCH_DTYPE,
+    Problem,
+    assert_bits,
+    assert_sums,
+    drop,
+    dropout_argument,
+    random,
+    threshold_of,
+)
 
-DTYPES = (F32, BF16, F16)
-TORCH_DTYPE = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16}
-SEED = -0x6DCBA9876F543211  # both halves are used, and the sign bit is set
-
-SUM_TOLERANCE = 2e-6
-"""Error of an fp32 sum relative to the sum of its terms' magnitudes; 3e-7 is the largest these cases show."""
-
+__all__ = [
+    "CASES", "SCHEDULED", "SEED", "TORCH_DTYPE", "Case", "Problem", "case", "drop", "dropout_argument", "threshold_of",
+]  # fmt: skip
 
 _random_numbers = threading.Lock()  # torch's generator belongs to all threads
-
-
-@dataclass
-class Problem:
-    """A case in memory: run it once on a device."""
-
-    args: object = None
-    buffers: dict = field(default_factory=dict)
-    offsets: dict[str, int] = field(default_factory=dict)  # bytes before the first element
-    inputs: dict[str, bytes] = field(default_factory=dict)
-    check: Callable[[], None] = lambda: None
-
-    def place(self, name: str, values: torch.Tensor, misaligned: int = 0) -> int:
-        """Device memory that holds values, `misaligned` elements after an aligned address. Returns the pointer."""
-        data = as_bytes(values).numpy()
-        lead = np.full(misaligned * values.element_size(), 0xFF, np.uint8)  # NaN in every dtype
-        writable = name == "y"  # the one operand that is updated in place; writing another one is reported
-        self.buffers[name] = buffer(np.concatenate([lead, data]), name=name, writable=writable)
-        self.offsets[name] = lead.size
-        self.inputs[name] = self.buffers[name].numpy(np.uint8).tobytes()
-        return self.buffers[name].address + lead.size
-
-    def reserve(self, name: str, count: int, dtype: torch.dtype = torch.float32, misaligned: int = 0) -> int:
-        """Uninitialised device memory for `count` values."""
-        lead = misaligned * dtype.itemsize
-        self.buffers[name] = buffer.empty(lead + count * dtype.itemsize, name=name)
-        self.offsets[name] = lead
-        return self.buffers[name].address + lead
-
-    def result(self, name: str, dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
-        data = self.buffers[name].numpy(np.uint8)[self.offsets[name] :].copy()
-        values = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-        return values.reshape(shape or (-1,))
-
-    def run(self, device: Device, op: str) -> dict[str, bytes]:
-        """launch_<op>, with every check of the simulator; all outputs complete. Returns what was written."""
-        device.buffers = list(self.buffers.values())
-        device.run(op, self.args)
-        outputs = {}
-        for name, memory in self.buffers.items():
-            content, lead = memory.numpy(np.uint8).tobytes(), self.offsets[name]
-            if not memory.writable:
-                continue
-            if name in self.inputs:
-                assert content[:lead] == self.inputs[name][:lead], f"{op}: written before the start of {name}"
-            else:
-                written = memory.initialised()
-                missing = int((~written[lead:]).sum())
-                assert not missing, f"{op}: {missing} of {written.size - lead} bytes of {name} were never written"
-                assert not written[:lead].any(), f"{op}: written before the start of {name}"
-            outputs[name] = content
-        return outputs
 
 
 @dataclass(frozen=True)
@@ -129,59 +82,6 @@ class Case:
 
 def case(op: str, **options) -> Case:
     return Case(op, tuple(options.items()))
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def random(*shape: int, dtype: int = F32) -> torch.Tensor:
-    return torch.randn(shape).to(TORCH_DTYPE[dtype])
-
-
-def as_bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def threshold_of(p: float) -> int:
-    return int(p * 32768 + 0.5)
-
-
-def dropout_argument(problem: Problem, p: float) -> Dropout:
-    threshold = threshold_of(p)
-    if not threshold:
-        return Dropout(None, 0, 1.0)
-    seed = problem.place("seed", torch.tensor([SEED]))
-    return Dropout(seed, threshold, 32768 / (32768 - threshold))
-
-
-def drop(x: torch.Tensor, p: float) -> torch.Tensor:
-    """reference.dropout in float64; a dropped NaN is 0, as the definition in csrc/dropout.h says."""
-    x = x.double()
-    if not threshold_of(p) or not x.numel():
-        return x
-    keep = reference.dropout_mask(*x.shape, threshold_of(p), SEED)
-    return torch.where(keep, reference.dropout(torch.where(keep, x, 0.0), p, SEED), 0.0)
-
-
-def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, what: str) -> None:
-    """Every value within SUM_TOLERANCE of its own sum of magnitudes, plus half a unit in the last place."""
-    if not got.numel():
-        return
-    info = torch.finfo(got.dtype)
-    rounding = 0.501 * info.eps * expected.abs() + (0.501 * info.eps * info.tiny if got.dtype != torch.float32 else 0)
-    error = (got.double() - expected).abs()
-    excess = error - (SUM_TOLERANCE * magnitude + rounding + 1e-30)
-    worst = torch.unravel_index(excess.argmax(), excess.shape)
-    assert not (excess > 0).any() and not error.isnan().any(), (
-        f"{what}: got {got[worst].item()}, expected {expected[worst].item()} at {tuple(map(int, worst))}; "
-        f"error {error[worst].item():.2e} of magnitude {magnitude[worst].item():.3g}"
-    )
-
-
-def assert_bits(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    assert as_bytes(got).equal(as_bytes(expected)), (
-        f"{what}: {int((got != expected).sum())} of {got.numel()} values differ"
-    )
 
 
 # ---- the low-rank kernels --------------------------------------------------------------------------------------------
@@ -391,7 +291,7 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_BUILDERS = {op: globals()[f"_{op}"] for op in OPS}
+_BUILDERS = {op: multi_builders.get(op) or globals()[f"_{op}"] for op in OPS}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -460,7 +360,7 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
-CASES = [*_low_rank_cases(), *_nf4_cases()]
+CASES = [*_low_rank_cases(), *_nf4_cases(), *(case(op, **options) for op, options in multi_cases())]
 
 SCHEDULED = [
     case("low_rank_down", rows=33, columns=136, rank=5, x=F32, factor=BF16, rank_major=False, p=0.2),
@@ -474,5 +374,6 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
+    *(case(op, **options) for op, options in multi_scheduled()),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""
