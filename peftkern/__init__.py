@@ -2,6 +2,7 @@
 """peftkern: kernels for parameter-efficient fine-tuning. The names below are the public API."""
 
 from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
+from .adapter_bank import AdapterBank
 from .adapter_io import load_adapter, save_adapter
 from .config import LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
@@ -16,16 +17,19 @@ from .ops import (
     nf4_linear,
     quantize_nf4,
 )
+from .router import Router
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "LoRALinear",
     "LoraConfig",
     "NF4Config",
     "NF4Linear",
     "NF4Weight",
     "QLoRALinear",
+    "Router",
     "adapt",
     "adapted_linear",
     "cpu_isa",

@@ -141,6 +141,11 @@ def make_plan(adapter_index: Tensor, x: Tensor, adapters: int) -> Tensor:
     return _plan(adapter_index, rows, adapters)
 
 
+def plan_of_items(index: Tensor, rows: int, adapters: int) -> Tensor:
+    """The plan of rows that belong to the items of index in order, equally many to each."""
+    return _plan(index, rows, adapters)
+
+
 def planned_multi_lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
