@@ -36,6 +36,8 @@ quick: $(VENV)/.test $(EXTENSION)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench $(EXTENSION)
+	$(BIN)/peftkern bench --suite targets --suite sweeps --json runs/bench/bench.json --plot runs/bench
+	$(BIN)/python benchmarks/train_step.py --json runs/bench/train_step.json
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=median -q $(PYTEST_ARGS)
 
 # What the tests of the CUDA kernels notice: leaves out each barrier, moves each bound by one, and lists what survives.

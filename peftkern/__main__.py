@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``peftkern info``, ``peftkern finetune``."""
+"""The command line: ``peftkern info``, ``peftkern bench``, ``peftkern finetune``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was built and what this machine runs")
 
+    from .bench import cli as bench
     from .finetune import cli as finetune
 
+    bench.add_arguments(
+        commands.add_parser("bench", help="time the kernels against their peers and the machine's limits")
+    )
     finetune.add_arguments(commands.add_parser("finetune", help="fine-tune a causal language model with LoRA or QLoRA"))
     return parser
 
@@ -24,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         from .finetune import cli as finetune
 
         return finetune.main(args)
+    if args.command == "bench":
+        from .bench import cli as bench
+
+        return bench.main(args)
 
     from .info import info
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing in turns, and the machine's ceilings measured in the same way.
+
+The machines are shared, so the ratio of two medians of one run is the figure and a time is only its companion: all
+providers of a case run in turn in one process, and the order turns round each time, so that drift hits all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Call = Callable[[int], object]
+"""Does the work once; the argument is the turn, by which cold cases choose their buffers."""
+
+SHORTEST = 2e-4  # seconds: calls are repeated within one reading of the clock until the fastest takes this long
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call: the quantiles of its readings."""
+
+    p20: float
+    p50: float
+    p80: float
+    readings: int
+
+
+def measure(
+    calls: Mapping[str, Call], seconds: float, rounds: tuple[int, int] = (5, 300), finish: Callable[[], object] = int
+) -> dict[str, Timing]:
+    """Runs the calls in turn for about so many seconds, at least rounds[0] and at most rounds[1] times each.
+
+    finish: waits until the work of a call is done, where that is not when it returns.
+    """
+
+    def reading(call: Call, turn: int, repeats: int) -> float:
+        start = time.perf_counter()
+        for i in range(repeats):
+            call(turn * repeats + i)
+        finish()
+        return (time.perf_counter() - start) / repeats
+
+    for call in calls.values():  # the first call allocates, compiles and decides
+        reading(call, 0, 1)
+    fastest = min(reading(call, 1, 1) for call in calls.values())
+    repeats = max(1, math.ceil(SHORTEST / fastest))
+    readings: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for i in range(rounds[1]):
+        for name in list(calls) if i % 2 else reversed(calls):
+            readings[name].append(reading(calls[name], i, repeats))
+        if i + 1 >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+    return {name: _quantiles(values) for name, values in readings.items()}
+
+
+def _quantiles(values: list[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0], values[0], values[0], 1)
+    p = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(p[1], p[4], p[7], len(values))
+
+
+@cache
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest cache; 32 MiB where the system does not tell."""
+    sizes = [32 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = file.read_text().strip()[:-1], file.read_text().strip()[-1]
+        sizes.append(int(number) << {"K": 10, "M": 20, "G": 30}[unit])
+    return max(sizes)
+
+
+def copies(nbytes: int, most: int = 4 << 30) -> int:
+    """How many buffers of so many bytes to rotate over, so that each is out of the caches when its turn comes; their
+    sum is kept below `most`."""
+    wanted = math.ceil(1.25 * last_level_cache() / max(1, nbytes))
+    return max(1, min(wanted, most // max(1, nbytes), 512))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine does at best: measured, not from a data sheet."""
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]  # by dtype
+
+    def fraction(self, seconds: float, nbytes: float, flops: float, dtype: str) -> tuple[float, str]:
+        """How near a call comes to the ceiling that binds it, and which that is: "memory" or "compute"."""
+        memory = nbytes / self.bytes_per_second
+        compute = flops / self.flops_per_second.get(dtype, math.inf)
+        return max(memory, compute) / seconds, "memory" if memory >= compute else "compute"
+
+
+def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seconds: float = 1.0) -> Ceilings:
+    """The copy bandwidth over buffers larger than the caches (bytes read plus bytes written), and for each dtype the
+    best of the library's products of a few shapes."""
+    size = 64 << 20
+    n = copies(2 * size)
+    buffers = torch.ones(2, n, size, dtype=torch.uint8)
+    copy = measure({"copy": lambda i: buffers[0, i % n].copy_(buffers[1, i % n])}, seconds)["copy"]
+    flops = {}
+    for dtype in dtypes:
+        calls, work = {}, {}
+        for m, k, n in ((512, 4096, 4096), (2048, 2048, 2048), (1024, 4096, 4096)):
+            a, w = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
+            calls[f"{m}x{k}x{n}"] = lambda i, a=a, w=w: torch.nn.functional.linear(a, w)
+            work[f"{m}x{k}x{n}"] = 2 * m * k * n
+        timings = measure(calls, seconds)
+        flops[dtype] = max(work[name] / t.p20 for name, t in timings.items())
+    return Ceilings(2 * size / copy.p20, flops)

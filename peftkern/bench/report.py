@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows: a row for each case and provider, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftkern
+
+from ..files import write_whole
+from .cases import Case
+from .measure import Ceilings, Timing
+from .providers import OURS, Work
+
+PACKAGES = ("peftkern", "torch", "peft", "bitsandbytes", "transformers", "torchao")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case that has run."""
+
+    case: Case
+    timings: dict[str, Timing]
+    left_out: dict[str, str]
+    flops: float
+    nbytes: float
+    fraction: float  # of the ceiling that binds
+    ceiling: str  # "memory" or "compute"
+
+    @classmethod
+    def of(cls, case: Case, work: Work, timings: dict[str, Timing], ceilings: Ceilings) -> Result:
+        fraction, ceiling = ceilings.fraction(timings[OURS].p50, work.nbytes, work.flops, case.dtype)
+        return cls(case, timings, work.left_out, work.flops, work.nbytes, fraction, ceiling)
+
+    def ratio(self, provider: str) -> float:
+        """The provider's median time over ours: above 1 we are faster."""
+        return self.timings[provider].p50 / self.timings[OURS].p50
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def environment(ceilings: Ceilings) -> dict[str, Any]:
+    """When, where and with what: as it stands at the head of the JSON and of every page."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "isa": peftkern.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "ceilings": asdict(ceilings),
+    }
+
+
+def table(results: Iterable[Result]) -> str:
+    """Markdown, a row for each provider of each case; times in milliseconds."""
+    head = ("case", "provider", "p20", "p50", "p80", "ratio", "GB/s", "GFLOP/s", "of the ceiling")
+    rows = [head]
+    for result in results:
+        for provider, t in result.timings.items():
+            ours = provider == OURS
+            rows.append(
+                (
+                    result.case.name if ours else "", provider,
+                    *(f"{1e3 * value:.3f}" for value in (t.p20, t.p50, t.p80)),
+                    "" if ours else f"{result.ratio(provider):.2f}x", f"{result.nbytes / t.p50 / 1e9:.1f}",
+                    f"{result.flops / t.p50 / 1e9:.0f}" if result.flops else "",
+                    f"{result.fraction:.0%} {result.ceiling}" if ours else "",
+                )
+            )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = f"|{'|'.join('-' * (w + 1) + (':' if i > 1 else '-') for i, w in enumerate(widths))}|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def left_out(results: Iterable[Result]) -> str:
+    """The providers that could not take part, with the reason, each once."""
+    reasons = {
+        (provider, reason): result.case.name for result in results for provider, reason in result.left_out.items()
+    }
+    return "\n".join(f"left out: {provider}, {reason} (e.g. {case})" for (provider, reason), case in reasons.items())
+
+
+def write_json(path: Path, env: dict[str, Any], results: Iterable[Result]) -> None:
+    """Everything, in seconds, bytes and FLOPs."""
+    content = {
+        **env,
+        "results": [
+            {**asdict(r), "name": r.case.name, "ratios": {p: r.ratio(p) for p in r.timings if p != OURS}}
+            for r in results
+        ],
+    }
+    write_whole({path: lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")})
