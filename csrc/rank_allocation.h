@@ -51,8 +51,8 @@ struct TripletLayer {
 struct ImportanceUpdate {
   const TripletLayer* layers;  // host memory
   int64_t layer_count, triplets;
-  float beta1, beta2;
-  const float* grad_scale;  // [1] on the device, or null: gradients are g / *grad_scale
+  double beta1, beta2;      // used as float(beta) and float(1 - beta); every product and sum is rounded, as torch does
+  const float* grad_scale;  // [1] on the device, or null: the gradient is then g * (1 / *grad_scale)
   float* sensitivity;       // [state_end of the last layer], read and written
   float* uncertainty;       // the same
   float* scores;            // [triplets]

@@ -186,29 +186,26 @@ def triplet_scores(A: Tensor, E: Tensor, B: Tensor) -> Tensor:
 
 
 def rank_mask(scores: Tensor, budget: int, exact: bool = False) -> Tensor:
-    """Bool [triplets]: which to keep. The threshold is the ``triplets - budget`` smallest score; -0 is 0, NaN the largest.
+    """Bool [triplets]: which to keep. The threshold is the ``triplets - budget`` smallest score, NaN the largest.
 
-    exact False: those above it, as HF PEFT's ``<= threshold`` masks; True: exactly budget, of a tie the first.
+    exact False: those above it, as HF PEFT masks by ``<= threshold``; True: exactly budget, of a tie the first.
     """
-    triplets = scores.numel()
-    ordered = torch.where(scores.isnan(), torch.inf, scores), scores.isnan()
-    order = sorted(range(triplets), key=lambda i: (bool(ordered[1][i]), float(ordered[0][i]), -i))
-    pruned = min(max(triplets - budget, 0), triplets)
-    keep = torch.ones(triplets, dtype=torch.bool)
-    for i in order[:pruned]:
-        keep[i] = False
+    values = scores.tolist()
+    rank = [(v != v, 0.0 if v != v else v) for v in values]
+    ascending = sorted(range(len(values)), key=lambda i: (rank[i], -i))
+    pruned = ascending[: max(len(values) - budget, 0)]
     if pruned and not exact:
-        last = order[pruned - 1]
-        ties = scores.isnan() if scores[last].isnan() else scores == scores[last]
-        keep[ties] = False
+        pruned = [i for i in ascending if rank[i] <= rank[pruned[-1]]]
+    keep = torch.ones(len(values), dtype=torch.bool)
+    keep[pruned] = False
     return keep
 
 
 def orthogonality(A: list[Tensor], B: list[Tensor], squared: bool = False) -> Tensor:
     """How far the factors are from orthonormal: rows of A [r, in], columns of B [out, r], over all layers.
 
-    False: mean over all factors of ``||A A^T - I||_F`` and ``||B^T B - I||_F``, HF PEFT's and the published code's form;
-    True: the sum of their squares, equation 4.
+    False: mean over all factors of ``||A A^T - I||_F`` and ``||B^T B - I||_F``, as in HF PEFT and the published
+    code; True: the sum of their squares, equation 4.
     """
     grams = [a @ a.T for a in A] + [b.T @ b for b in B]
     norms = torch.stack([torch.linalg.norm(g - torch.eye(g.shape[0], dtype=g.dtype)) for g in grams])

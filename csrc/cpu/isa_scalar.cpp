@@ -9,12 +9,14 @@ namespace scalar {
 
 #include "kernels/low_rank.inl"
 #include "kernels/nf4.inl"
+#include "kernels/rank_allocation.inl"
 }  // namespace scalar
 
 const KernelTable& scalar_kernels() {
   using namespace scalar;
-  static const KernelTable table{"scalar",      padded_rank, pack_down,    pack_up,        low_rank_down, low_rank_up,
-                                 low_rank_grad, column_sums, quantize_nf4, dequantize_nf4, pack_few_rows, nf4_few_rows};
+  static const KernelTable table{"scalar",      padded_rank,   pack_down,        pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums,      quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  update_importance};
   return table;
 }
 

@@ -4,12 +4,14 @@
 #pragma once
 #include "../low_rank.h"
 #include "../nf4.h"
+#include "../rank_allocation.h"
 
 namespace peftkern::cpu {
 
 // Work is handed out in these units, on every ISA, so that no result depends on the split.
 constexpr int64_t kRowUnit = 8;      // rows of low_rank_down and low_rank_up
 constexpr int64_t kColumnUnit = 64;  // columns of low_rank_grad and column_sums
+constexpr int64_t kMaxLanes = 16;    // of any instruction set
 constexpr int64_t kRowBlock = 64;    // rows whose rank sums low_rank_down holds in scratch
 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
@@ -39,6 +41,9 @@ struct KernelTable {
   // ISA) columns the even ones come first, as a packed byte holds an even and an odd one.
   void (*pack_few_rows)(const Nf4FewRows&, float* packed_x);
   void (*nf4_few_rows)(const Nf4FewRows&, const float* packed_x, int64_t column0, int64_t column1);
+
+  // scratch: [rank, kMaxLanes + 1] of the layer with the largest rank
+  void (*update_importance)(const ImportanceUpdate&, float* scratch, int64_t layer0, int64_t layer1);
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

@@ -3,7 +3,9 @@
 
 from .adapted_linear import adapted_linear, lora_linear, nf4_linear
 from .nf4 import NF4Config, NF4Weight, dequantize_nf4, quantize_nf4
+from .rank_allocation import mask_ranks, orthogonality_penalty, rank_mask, update_importance
 
 __all__ = [
-    "NF4Config", "NF4Weight", "adapted_linear", "dequantize_nf4", "lora_linear", "nf4_linear", "quantize_nf4",
+    "NF4Config", "NF4Weight", "adapted_linear", "dequantize_nf4", "lora_linear", "mask_ranks",
+    "nf4_linear", "orthogonality_penalty", "quantize_nf4", "rank_mask", "update_importance",
 ]  # fmt: skip
