@@ -3,20 +3,24 @@
 
 from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_io import load_adapter, save_adapter
-from .config import LoraConfig
+from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
-from .modules import LoRALinear, NF4Linear, QLoRALinear
+from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
 from .ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from .rank_allocator import RankAllocator, orthogonality, prune_ranks, to_lora
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRALinear",
+    "AdaLoraConfig",
     "LoRALinear",
     "LoraConfig",
     "NF4Config",
     "NF4Linear",
     "NF4Weight",
     "QLoRALinear",
+    "RankAllocator",
     "adapt",
     "adapted_linear",
     "cpu_isa",
@@ -29,9 +33,12 @@ __all__ = [
     "memory_footprint",
     "merge",
     "nf4_linear",
+    "orthogonality",
+    "prune_ranks",
     "quantize_nf4",
     "save_adapter",
     "set_cpu_isa",
+    "to_lora",
     "trainable_parameters",
     "unmerge",
 ]

@@ -53,7 +53,7 @@ def update_importance(
     """Takes the gradients (``.grad``) of all layers into the averages and returns the score of every triplet.
 
     A, E, B: of every layer, float32, bfloat16 or float16. sensitivity, uncertainty: float32, flat, laid out by
-    ``state_layout``; updated in place. grad_scale: float32, one element, that the gradients are multiplied by. A
+    ``state_layout``; updated in place. grad_scale: float32, one element, that the gradients are to be divided by. A
     parameter without a gradient counts as one with zero. Returns float32 [triplets].
     Raises RuntimeError naming the argument for shapes, dtypes and devices that do not fit.
     """
