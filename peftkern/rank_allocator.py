@@ -105,7 +105,7 @@ class RankAllocator:
 
     def update_and_allocate(self, step: int | None = None) -> None:
         """What HF PEFT's method of this name does, for training without a hooked optimizer: call it after
-        ``optimizer.step()`` and before ``zero_grad()``. step: the number of this step (default: one more than the last).
+        ``optimizer.step()`` and before ``zero_grad()``. step: its number (default: one more than the last).
 
         Raises RuntimeError if an optimizer is hooked, whose step has done it already.
         """

@@ -347,7 +347,7 @@ def test_other_configs_are_refused(peft, llama):
     with pytest.raises(ValueError, match=r"config.target_modules: expected names.*got None"):
         peftkern.adapt(llama, peft.LoraConfig())
     for config in (None, "all-linear", LoraConfig):
-        with pytest.raises(TypeError, match=r"config: expected a LoraConfig or an AdaLoraConfig, peftkern's or peft's, got"):
+        with pytest.raises(TypeError, match=r"config: expected a LoraConfig or an AdaLoraConfig, .*got"):
             peftkern.adapt(llama, config)
     assert unchanged(llama, before)
 

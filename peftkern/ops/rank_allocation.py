@@ -107,6 +107,8 @@ def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor], squared: boo
     >>> round(orthogonality_penalty([torch.zeros(4, 8)], [torch.eye(8, 4)]).item(), 3)
     1.0
     """
+    if not A and not B:  # the dispatcher would not know which device's kernel to call
+        raise RuntimeError("A and B: expected at least one tensor")
     return _Orthogonality.apply(squared, len(A), *A, *B)
 
 
