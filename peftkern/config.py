@@ -124,6 +124,8 @@ class AdaLoraConfig:
                 f"tinit: expected less than total_step - tfinal = {self.total_step - self.tfinal}, so that there are "
                 f"steps in which the budget falls, got {self.tinit}"
             )
+        if not isinstance(self.rank_pattern, (dict, type(None))):
+            raise ValueError(f"rank_pattern: expected a dict of layer: list of booleans, got {self.rank_pattern!r}")
         for name, present in (self.rank_pattern or {}).items():
             booleans = isinstance(present, list) and all(isinstance(v, bool) for v in present)
             if not booleans or len(present) != self.init_r:
@@ -223,11 +225,11 @@ def read_config(config: Any) -> LoraConfig | AdaLoraConfig:
             ours[name] = sorted(ours[name])
     if "task_type" in ours:
         ours["task_type"] = getattr(ours["task_type"], "value", ours["task_type"])
-    if kind == "ADALORA" and "rank_pattern" in ours:  # of a config that is still in use, it has the adapter's name
+    if kind == "ADALORA" and isinstance(ours.get("rank_pattern"), dict):
+        # that of a PEFT config in use has the adapter's name behind every key
         ours["rank_pattern"] = {
-            re.sub(r"\.lora_E\..*$", ".lora_E", name): [bool(v) for v in present]
-            for name, present in ours["rank_pattern"].items()
-        } or None
+            re.sub(r"\.lora_E\..*$", ".lora_E", str(name)): present for name, present in ours["rank_pattern"].items()
+        }
     return _CONFIGS[kind](**ours)
 
 

@@ -138,8 +138,8 @@ class AdaLoRALinear(AdaptedLinear):
         self.present = [was and next(kept) for was in self.present]
         index = keep.nonzero().view(-1).to(self.lora_A.device)
         for name, p in self.adapter_parameters().items():
-            grad, p.grad = p.grad, None
-            p.data = p.data.index_select(rank_axis(name), index)
+            grad = p.grad
+            _set_data(p, p.data.index_select(rank_axis(name), index))
             if grad is not None:
                 p.grad = grad.index_select(rank_axis(name), index)
         return index
@@ -153,8 +153,7 @@ class AdaLoRALinear(AdaptedLinear):
         r = sum(present)
         for name, p in self.adapter_parameters().items():
             shape = [r if axis == rank_axis(name) else size for axis, size in enumerate(p.shape)]
-            p.grad = None
-            p.data = p.data.new_empty(shape)
+            _set_data(p, p.data.new_empty(shape))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Takes any rank up to init_r, since pruning changes it."""
@@ -168,6 +167,17 @@ class AdaLoRALinear(AdaptedLinear):
     def extra_repr(self) -> str:
         rank = f"r={self.r}" if self.r == self.init_r else f"r={self.r} of {self.init_r}"
         return f"{super().extra_repr()}, {rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+
+
+def _set_data(p: nn.Parameter, data: Tensor) -> None:
+    """Gives a parameter data of another shape, without a gradient.
+
+    As long as a loss of an earlier step is alive, so is the node that accumulates the parameter's gradient, and it knows
+    the old shape. torch makes a new one only if the dtype changes, hence the detour.
+    """
+    p.grad = None
+    p.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    p.data = data
 
 
 def rank_axis(name: str) -> int:
