@@ -2,6 +2,8 @@
 // AdaLoRA's rank allocation on tensors, once for all devices: check, allocate, call the backend. What is computed:
 // rank_allocation.h. Layers may lack gradients; A, E and B of a layer share a dtype, all tensors one device.
 #pragma once
+#include <algorithm>
+#include <ostream>
 #include <tuple>
 
 #include "rank_allocation.h"
@@ -12,19 +14,42 @@ namespace peftkern {
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<OptionalTensor>;
 
-inline std::string element_name(const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); }
+// The name of a tensor of a list. Put together only for a message: there are a thousand tensors a call.
+struct Element {
+  const char* list;
+  size_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Element& e) { return out << e.list << "[" << e.index << "]"; }
 
 inline void check_length(size_t got, size_t expected, const char* argument) {
   PEFTKERN_CHECK(got == expected, argument, ": expected ", expected, " tensors, one a layer, got ", got);
 }
 
+inline void check_element_dtype(const Tensor& t, ScalarType expected, const Element& name) {
+  PEFTKERN_CHECK(t.scalar_type() == expected, name, ": expected dtype ", name_of(expected), ", got ",
+                 name_of(t.scalar_type()));
+}
+
+inline DType element_dtype(const Tensor& t, const Element& name) {
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float) return DType::f32;
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  if (type == ScalarType::Half) return DType::f16;
+  fail(name, ": expected dtype float32, bfloat16 or float16, got ", name_of(type));
+}
+
+inline void check_element_device(const Tensor& t, const Tensor& reference, const Element& name) {
+  PEFTKERN_CHECK(t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(), name,
+                 ": expected the device of the first tensor, got a tensor on another device");
+}
+
 // [rank, columns] of lora_A, or [columns, rank] of lora_B.
-inline OrthogonalFactor checked_factor(const Tensor& t, const Tensor& reference, bool rank_major,
-                                       const std::string& name) {
+inline OrthogonalFactor checked_factor(const Tensor& t, const Tensor& reference, bool rank_major, const Element& name) {
   PEFTKERN_CHECK(t.dim() == 2, name, ": expected a matrix, got shape ", shape_string(t.sizes()));
-  check_device(t, reference, name.c_str(), "the first tensor");
+  check_element_device(t, reference, name);
   const int64_t rank = t.size(rank_major ? 0 : 1), columns = t.size(rank_major ? 1 : 0);
-  return {t.const_data_ptr(), dtype_of(t, name.c_str()), rank_major, rank, columns, 0, nullptr};
+  return {t.const_data_ptr(), element_dtype(t, name), rank_major, rank, columns, 0, nullptr};
 }
 
 // The layers of an op as the kernels take them, and whatever copies of tensors that needs.
@@ -39,12 +64,13 @@ struct TripletLayers {
     return copies.back().const_data_ptr();
   }
 
-  const void* gradient(const OptionalTensor& grad, const Tensor& parameter, const std::string& name) {
+  const void* gradient(const OptionalTensor& grad, const Tensor& parameter, const Element& name) {
     if (!grad) return nullptr;
-    check_dtype(*grad, parameter.scalar_type(), name.c_str());
-    check_device(*grad, parameter, name.c_str(), "its parameter");
-    PEFTKERN_CHECK(shape_string(grad->sizes()) == shape_string(parameter.sizes()), name, ": expected shape ",
-                   shape_string(parameter.sizes()), ", got ", shape_string(grad->sizes()));
+    check_element_dtype(*grad, parameter.scalar_type(), name);
+    check_element_device(*grad, parameter, name);
+    const auto got = grad->sizes(), expected = parameter.sizes();
+    PEFTKERN_CHECK(std::equal(got.begin(), got.end(), expected.begin(), expected.end()), name, ": expected shape ",
+                   shape_string(expected), ", got ", shape_string(got));
     return data(*grad);
   }
 
@@ -57,22 +83,22 @@ struct TripletLayers {
     check_length(grad_B.size(), A.size(), "grad_B");
     layers.reserve(A.size());
     for (size_t i = 0; i < A.size(); ++i) {
-      const OrthogonalFactor a = checked_factor(A[i], A[0], true, element_name("A", i));
-      const OrthogonalFactor b = checked_factor(B[i], A[0], false, element_name("B", i));
-      const std::string b_name = element_name("B", i), e_name = element_name("E", i);
+      const OrthogonalFactor a = checked_factor(A[i], A[0], true, {"A", i});
+      const OrthogonalFactor b = checked_factor(B[i], A[0], false, {"B", i});
+      const Element b_name{"B", i}, e_name{"E", i};
       PEFTKERN_CHECK(b.rank == a.rank, b_name, ": expected ", a.rank, " columns, the rank of A, got ", b.rank);
       PEFTKERN_CHECK(E[i].numel() == a.rank, e_name, ": expected ", a.rank, " elements, the rank of A, got shape ",
                      shape_string(E[i].sizes()));
-      check_dtype(E[i], A[i].scalar_type(), e_name.c_str());
-      check_dtype(B[i], A[i].scalar_type(), b_name.c_str());
-      check_device(E[i], A[0], e_name.c_str(), "A[0]");
+      check_element_dtype(E[i], A[i].scalar_type(), e_name);
+      check_element_dtype(B[i], A[i].scalar_type(), b_name);
+      check_element_device(E[i], A[0], e_name);
       // E is read here; only MaskRanks, which makes its layers itself, writes it
       layers.push_back({.A = data(A[i]),
                         .E = const_cast<void*>(data(E[i])),
                         .B = data(B[i]),
-                        .grad_A = gradient(grad_A[i], A[i], element_name("grad_A", i)),
-                        .grad_E = gradient(grad_E[i], E[i], element_name("grad_E", i)),
-                        .grad_B = gradient(grad_B[i], B[i], element_name("grad_B", i)),
+                        .grad_A = gradient(grad_A[i], A[i], {"grad_A", i}),
+                        .grad_E = gradient(grad_E[i], E[i], {"grad_E", i}),
+                        .grad_B = gradient(grad_B[i], B[i], {"grad_B", i}),
                         .dtype = a.dtype,
                         .in = a.columns,
                         .out = b.columns,
@@ -145,12 +171,12 @@ void mask_ranks(const Tensors& E, const Tensor& keep) {
   std::vector<TripletLayer> layers;
   int64_t triplets = 0;
   for (size_t i = 0; i < E.size(); ++i) {
-    const std::string name = element_name("E", i);
-    check_device(E[i], keep, name.c_str(), "keep");
+    const Element name{"E", i};
+    check_element_device(E[i], keep, name);
     PEFTKERN_CHECK(E[i].is_contiguous(), name, ": expected a contiguous tensor");
     TripletLayer layer{};
     layer.E = E[i].mutable_data_ptr();
-    layer.dtype = dtype_of(E[i], name.c_str());
+    layer.dtype = element_dtype(E[i], name);
     layer.rank = E[i].numel();
     layer.first = triplets;
     layers.push_back(layer);
@@ -175,7 +201,7 @@ struct OrthogonalFactors {
     const Tensor& reference = A.empty() ? B[0] : A[0];
     const auto add = [&](const Tensors& list, bool rank_major, const char* argument) {
       for (size_t i = 0; i < list.size(); ++i) {
-        OrthogonalFactor f = checked_factor(list[i], reference, rank_major, element_name(argument, i));
+        OrthogonalFactor f = checked_factor(list[i], reference, rank_major, {argument, i});
         if (!list[i].is_contiguous()) {
           copies.push_back(dense(list[i]));
           f.data = copies.back().const_data_ptr();

@@ -172,8 +172,8 @@ class AdaLoRALinear(AdaptedLinear):
 def _set_data(p: nn.Parameter, data: Tensor) -> None:
     """Gives a parameter data of another shape, without a gradient.
 
-    As long as a loss of an earlier step is alive, so is the node that accumulates the parameter's gradient, and it knows
-    the old shape. torch makes a new one only if the dtype changes, hence the detour.
+    As long as a loss of an earlier step is alive, so is the node that accumulates the parameter's gradient, and it
+    knows the old shape. torch makes a new one only if the dtype changes, hence the detour.
     """
     p.grad = None
     p.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)

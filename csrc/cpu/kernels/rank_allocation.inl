@@ -30,6 +30,10 @@ struct Importance {
   template <class T>
   F32 update(const T* p, const T* g, float* sensitivity, float* uncertainty, int64_t i, int64_t n) const {
     if (n >= kWidth) {
+      __builtin_prefetch(p + i + kAhead / 8);
+      if (g) __builtin_prefetch(g + i + kAhead / 8);
+      __builtin_prefetch(sensitivity + i + kAhead / 8, 1);
+      __builtin_prefetch(uncertainty + i + kAhead / 8, 1);
       F32 s = load(sensitivity + i), u = load(uncertainty + i);
       const F32 score = update(load(p + i), g ? load(g + i) : zero(), s, u);
       store(sensitivity + i, s);
