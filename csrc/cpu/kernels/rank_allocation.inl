@@ -5,7 +5,8 @@
 // rounded, as torch does it: averages of fp32 parameters are those of HF PEFT, bit for bit.
 
 static_assert(kWidth <= kMaxLanes);
-constexpr int64_t kScoreBlock = 64;  // vectors summed before they are added to the total
+constexpr int64_t kUpdateAhead = 512;  // elements asked for ahead, into L2: 3.2 ms against 3.6 ms for 3.7 M from memory
+constexpr int64_t kScoreBlock = 64;    // vectors summed before they are added to the total
 
 struct Importance {
   F32 beta1, rest1, beta2, rest2, inverse_scale;
@@ -30,10 +31,10 @@ struct Importance {
   template <class T>
   F32 update(const T* p, const T* g, float* sensitivity, float* uncertainty, int64_t i, int64_t n) const {
     if (n >= kWidth) {
-      __builtin_prefetch(p + i + kAhead / 8);
-      if (g) __builtin_prefetch(g + i + kAhead / 8);
-      __builtin_prefetch(sensitivity + i + kAhead / 8, 1);
-      __builtin_prefetch(uncertainty + i + kAhead / 8, 1);
+      __builtin_prefetch(p + i + kUpdateAhead, 0, 2);
+      if (g) __builtin_prefetch(g + i + kUpdateAhead, 0, 2);
+      __builtin_prefetch(sensitivity + i + kUpdateAhead, 1, 2);
+      __builtin_prefetch(uncertainty + i + kUpdateAhead, 1, 2);
       F32 s = load(sensitivity + i), u = load(uncertainty + i);
       const F32 score = update(load(p + i), g ? load(g + i) : zero(), s, u);
       store(sensitivity + i, s);
