@@ -9,13 +9,7 @@
 //
 // 7 rounds are the fewest that pass BigCrush (ibid., table 2); 15 bits let a GPU test two lanes with one subtraction.
 #pragma once
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define PEFTKERN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PEFTKERN_HOST_DEVICE inline
-#endif
+#include "dtypes.h"
 
 namespace peftkern {
 

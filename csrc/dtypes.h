@@ -5,6 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// Before a function that kernels of both devices call.
+#ifdef __CUDACC__
+#define PEFTKERN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PEFTKERN_HOST_DEVICE inline
+#endif
+
 namespace peftkern {
 
 enum class DType : int32_t { f32, bf16, f16 };

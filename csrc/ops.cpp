@@ -46,13 +46,24 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   // multi_lora
   m.def("multi_lora_plan(Tensor adapter_index, int rows, int adapters) -> Tensor");
   m.def(
-      "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor A, Tensor B, "
+      "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor A, Tensor "
+      "B, "
       "Tensor plan, Tensor? ranks, Tensor? scalings, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
       "bool save_h) -> (Tensor y, Tensor h)");
   m.def(
       "multi_lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, int block_size, "
       "int in_features, Tensor? h, Tensor A, Tensor B, Tensor plan, Tensor? ranks, Tensor? scalings, float scaling, "
       "float dropout_p, Tensor? seed, int needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
+  // rank_allocation
+  m.def(
+      "update_importance_(Tensor[] A, Tensor[] E, Tensor[] B, Tensor?[] grad_A, Tensor?[] grad_E, Tensor?[] grad_B, "
+      "Tensor(a!) sensitivity, Tensor(b!) uncertainty, float beta1, float beta2, Tensor? grad_scale) -> Tensor scores");
+  m.def("rank_mask(Tensor scores, int budget, bool exact) -> Tensor keep");
+  m.def("mask_ranks_(Tensor(a!)[] E, Tensor keep) -> ()");
+  m.def("orthogonality(Tensor[] A, Tensor[] B, bool squared) -> (Tensor value, Tensor deviations, Tensor norms)");
+  m.def(
+      "orthogonality_backward(Tensor grad, Tensor[] A, Tensor[] B, Tensor deviations, Tensor norms, bool squared) "
+      "-> (Tensor[] dA, Tensor[] dB)");
   // what was built, and what runs
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

@@ -4,9 +4,9 @@
 from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_bank import AdapterBank
 from .adapter_io import load_adapter, save_adapter
-from .config import LoraConfig
+from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
-from .modules import LoRALinear, NF4Linear, QLoRALinear
+from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
 from .ops import (
     NF4Config,
     NF4Weight,
@@ -17,11 +17,14 @@ from .ops import (
     nf4_linear,
     quantize_nf4,
 )
+from .rank_allocator import RankAllocator, orthogonality, prune_ranks, to_lora
 from .router import Router
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRALinear",
+    "AdaLoraConfig",
     "AdapterBank",
     "LoRALinear",
     "LoraConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "QLoRALinear",
+    "RankAllocator",
     "Router",
     "adapt",
     "adapted_linear",
@@ -43,9 +47,12 @@ __all__ = [
     "merge",
     "multi_lora_linear",
     "nf4_linear",
+    "orthogonality",
+    "prune_ranks",
     "quantize_nf4",
     "save_adapter",
     "set_cpu_isa",
+    "to_lora",
     "trainable_parameters",
     "unmerge",
 ]

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import LoraConfig, matches, read_config
-from .modules import AdaptedLinear, BaseWeight, LoRALinear, NF4Linear
+from .config import AdaLoraConfig, LoraConfig, matches, read_config
+from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRALinear, NF4Linear
 from .modules.lora import Quantize, quantize_config
+from .ops import NF4Config
 
 
 def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module:
-    """Replaces the linear layers of model that config targets by LoRALinear, in place, and freezes everything else.
+    """Replaces the linear layers of model that config targets by LoRALinear, or AdaLoRALinear, in place, and freezes
+    everything else.
 
-    config: a LoraConfig, ours or peft's. quantize: "nf4" or an NF4Config turns their weights to NF4 (QLoRA).
-    Returns model. Raises ValueError, before anything is changed, if no layer matches, if model has adapters already,
-    or if config asks for what is not supported.
+    config: a LoraConfig or an AdaLoraConfig, ours or peft's. quantize: "nf4" or an NF4Config turns their weights to
+    NF4 (QLoRA). Returns model. Raises ValueError, before anything is changed, if no layer matches, if model has
+    adapters already, or if config asks for what is not supported.
 
     >>> model = adapt(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), LoraConfig(r=2))
     >>> type(model[0]).__name__, len(trainable_parameters(model))
@@ -36,15 +38,7 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     replacements: dict[int, nn.Module] = {}
     for name, linear in targets.items():
         try:
-            replacements[id(linear)] = LoRALinear.from_linear(
-                linear,
-                r=config.rank_of(name),
-                lora_alpha=config.alpha_of(name),
-                lora_dropout=config.lora_dropout,
-                quantize=None if isinstance(linear, NF4Linear) else nf4,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.init_lora_weights,
-            ).train(linear.training)
+            replacements[id(linear)] = _adapted(config, name, linear, nf4).train(linear.training)
         except Exception as error:
             for p, requires_grad in trained:
                 p.requires_grad_(requires_grad)
@@ -52,7 +46,7 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
                 raise type(error)(f"{name}: {error}") from error
             raise
     replace_modules(model, replacements)
-    adapters = {id(p) for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters().values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in adapters)
     for bias in trainable_biases(model, config.bias, dict(adapted_layers(model))).values():
@@ -61,7 +55,21 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     return model
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def _adapted(config: LoraConfig | AdaLoraConfig, name: str, linear: nn.Linear, nf4: NF4Config | None) -> AdaptedLinear:
+    quantize = None if isinstance(linear, NF4Linear) else nf4
+    options: dict[str, Any] = {
+        "lora_alpha": config.alpha_of(name), "lora_dropout": config.lora_dropout, "quantize": quantize,
+        "init_lora_weights": config.init_lora_weights,
+    }  # fmt: skip
+    if isinstance(config, LoraConfig):
+        return LoRALinear.from_linear(linear, r=config.rank_of(name), use_rslora=config.use_rslora, **options)
+    layer = AdaLoRALinear.from_linear(linear, r=config.init_r, **options)
+    if config.rank_of(name) < config.init_r:
+        layer.keep_triplets(torch.tensor(config.present_in(name)))
+    return layer
+
+
+def find_targets(model: nn.Module, config: LoraConfig | AdaLoraConfig) -> dict[str, nn.Linear]:
     """The layers config asks for, by name. Raises ValueError if there is none, or if it names what is no such layer."""
     modules = {name: m for name, m in model.named_modules() if name}
     # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing.
@@ -137,7 +145,7 @@ def merge(model: nn.Module, safe: bool = False, unload: bool = False) -> nn.Modu
                 raise ValueError(f"{name}: {error}") from error
             raise
     if unload:
-        replace_modules(model, {id(layer): _plain_linear(layer) for _, layer in layers})
+        replace_modules(model, {id(layer): plain_linear(layer) for _, layer in layers})
         if hasattr(model, "peftkern_config"):
             del model.peftkern_config
     return model
@@ -161,7 +169,8 @@ def _layers_to_change(model: nn.Module, merged: bool) -> list[tuple[str, Adapted
     return layers
 
 
-def _plain_linear(layer: AdaptedLinear) -> nn.Linear:
+def plain_linear(layer: AdaptedLinear) -> nn.Linear:
+    """The layer without its adapter; weight and bias are shared."""
     quantized = layer.nf4_config is not None
     plain = (NF4Linear if quantized else nn.Linear).__new__(NF4Linear if quantized else nn.Linear)
     nn.Module.__init__(plain)

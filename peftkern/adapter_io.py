@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on disk in HF PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``, both directions.
 
-Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r]; trained biases as PEFT names
-them. Saving writes temporary files and renames them; loading checks everything before it changes anything.
+Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r]; of AdaLoRA ``.lora_A``,
+``.lora_E`` [r, 1] and ``.lora_B``, without the triplets that config.rank_pattern marks False; trained biases as PEFT
+names them. Saving writes temporary files and renames them; loading checks everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,30 +22,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapt import adapt, adapted_layers, find_targets, trainable_biases
-from .config import LoraConfig, matches, read_config
+from .config import AdaLoraConfig, LoraConfig, matches, read_config
 from .files import write_whole
-from .modules import LoRALinear
+from .modules import AdaLoRALinear, AdaptedLinear, LoRALinear
+from .modules.adalora import rank_axis
 from .ops.library import FLOAT_DTYPES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-ADAPTER_NAMES = (".lora_A.weight", ".lora_B.weight")
+ADAPTER_NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_E", ".lora_B")
+Config = LoraConfig | AdaLoraConfig
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bool = True) -> Path:
     """Writes model's adapter to directory, which is made if need be; returns it. HF PEFT, vLLM and others read it.
+
+    drop_masked: of an AdaLoRA adapter leave out the triplets whose E is 0, as HF PEFT does; False keeps them, to go on
+    training exactly.
 
     Raises RuntimeError if model has no adapter, OSError if the disk fails, in which case what was there before is
     still whole.
     """
     model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
+    if isinstance(config, AdaLoraConfig):
+        tensors, config = _sliced(model, tensors, config, drop_masked)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     if config.target_modules == "all-linear":  # as HF PEFT does, for readers that know names only
-        config = replace(config, target_modules=_exact_targets(model, dict(adapted_layers(model))))
+        config = replace(config, target_modules=exact_targets(model, dict(adapted_layers(model))))
     text = json.dumps(config.to_peft_dict(), indent=2, sort_keys=True) + "\n"
     write_whole(
         {
@@ -57,7 +66,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that save_adapter or HF PEFT saved; adapts model first if it has none. Returns model.
 
-    A model without adapters gets them in the dtype of the file; in one that has some, their dtype stays.
+    A model without adapters gets them in the dtype of the file; in one that has some, their dtype stays. AdaLoRA layers
+    take the ranks of the file.
 
     Raises FileNotFoundError for a missing file, ValueError, naming the file and what was expected, for a damaged one,
     for an option that is not supported and for tensors that do not fit, RuntimeError for a merged model. model is then
@@ -71,14 +81,21 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if merged:
         raise RuntimeError(f"{merged[0]}: expected an unmerged layer to load an adapter into; call unmerge() first")
     if layers:
+        _check_method(layers, config, folder / CONFIG_NAME)
         expected = {name: tuple(t.shape) for name, t in _adapter_tensors(model).items()}
+        if isinstance(config, AdaLoraConfig):
+            expected |= _shapes_of_layers(layers, config)
     else:
         expected = _shapes_after_adapt(model, config)
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     _check_names_and_shapes(expected, got, folder / WEIGHTS_NAME)
     if not layers:
         adapt(model, config)
-    scalings = _scalings(model, config)
+    elif isinstance(config, AdaLoraConfig):
+        for name, layer in layers.items():
+            if layer.present != config.present_in(name):
+                layer.resize(config.present_in(name))
+    scalings = _scalings(model, config) if isinstance(config, LoraConfig) else {}
     with torch.no_grad():
         for name, target in _adapter_tensors(model).items():
             if not layers and name.endswith(ADAPTER_NAMES):  # the file's dtype is the one the adapter was trained in
@@ -89,6 +106,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     for layer, (alpha, scaling) in scalings.items():
         layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
         layer.lora_dropout = config.lora_dropout
+    if isinstance(config, AdaLoraConfig):
+        for _, layer in adapted_layers(model):
+            layer.set_scaling(config.lora_alpha, config.init_r)
+            layer.lora_dropout = config.lora_dropout
     model.peftkern_config = config
     return wrapped
 
@@ -104,12 +125,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _config_of(model: nn.Module) -> LoraConfig:
+def _config_of(model: nn.Module) -> Config:
     config = getattr(model, "peftkern_config", None)
     if config is not None:
         return config
     layers = dict(adapted_layers(model))  # put in by hand: say what each layer says
     first = next(iter(layers.values()))
+    if isinstance(first, AdaLoRALinear):
+        return _adalora_config_of(model, first, layers)
     for name, layer in layers.items():
         if layer.use_rslora != first.use_rslora:
             raise RuntimeError(
@@ -118,7 +141,7 @@ def _config_of(model: nn.Module) -> LoraConfig:
     # "^": the pattern means this layer alone, and not another whose name ends so
     return LoraConfig(
         r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, use_rslora=first.use_rslora,
-        target_modules=_exact_targets(model, layers),
+        target_modules=exact_targets(model, layers),
         rank_pattern={f"^{re.escape(name)}": m.r for name, m in layers.items() if m.r != first.r},
         alpha_pattern={
             f"^{re.escape(name)}": m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha
@@ -127,7 +150,44 @@ def _config_of(model: nn.Module) -> LoraConfig:
     )  # fmt: skip
 
 
-def _exact_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | list[str]:
+def _adalora_config_of(model: nn.Module, first: AdaLoRALinear, layers: Mapping[str, AdaptedLinear]) -> AdaLoraConfig:
+    for name, layer in layers.items():
+        for field in ("init_r", "lora_alpha"):
+            if getattr(layer, field, None) != getattr(first, field):
+                raise RuntimeError(
+                    f"{name}: expected {field}={getattr(first, field)}, one value for all layers of an adapter, "
+                    f"got {getattr(layer, field, None)!r}"
+                )
+    return AdaLoraConfig(
+        init_r=first.init_r, total_step=1, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout,
+        target_modules=exact_targets(model, layers),
+        bias="lora_only" if any(m.bias is not None and m.bias.requires_grad for m in layers.values()) else "none",
+    )  # fmt: skip
+
+
+def _sliced(
+    model: nn.Module, tensors: dict[str, Tensor], config: AdaLoraConfig, drop_masked: bool
+) -> tuple[dict[str, Tensor], AdaLoraConfig]:
+    """The tensors without the triplets that are masked, and the config with the rank pattern that says so.
+
+    A triplet is masked if its E is 0, but not in an adapter all of whose E are: that one has not been trained.
+    """
+    tensors, pattern = dict(tensors), {}
+    layers = dict(adapted_layers(model))
+    drop_masked = drop_masked and any(bool(layer.lora_E.any()) for layer in layers.values())
+    for name, layer in layers.items():
+        keep = (layer.lora_E.detach() != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
+        kept = iter(keep.tolist())
+        pattern[f"{name}.lora_E"] = [was and next(kept) for was in layer.present]
+        if not bool(keep.all()):
+            for parameter in layer.adapter_parameters():
+                key = f"{PREFIX}{name}.{parameter}"
+                tensors[key] = tensors[key].index_select(rank_axis(parameter), keep.nonzero().view(-1))
+    whole = all(all(present) for present in pattern.values())
+    return tensors, replace(config, rank_pattern=None if whole else pattern)
+
+
+def exact_targets(model: nn.Module, layers: Mapping[str, Any]) -> str | list[str]:
     """A target_modules that matches these layers and no other module: their names, or, where one is also the ending of
     another name, a pattern."""
     names = sorted(layers)
@@ -141,16 +201,35 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     if not layers:
         raise RuntimeError("model: expected one with adapters, got one without; call adapt() first")
     tensors: dict[str, Tensor] = {}
+    kind = LoRALinear if isinstance(next(iter(layers.values())), LoRALinear) else AdaLoRALinear
     for name, layer in layers.items():
-        if not isinstance(layer, LoRALinear):
-            raise RuntimeError(f"{name}: expected a LoRALinear, got {type(layer).__name__}")
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if not isinstance(layer, kind):
+            raise RuntimeError(f"{name}: expected {_article(kind)}, got {type(layer).__name__}")
+        suffix = ".weight" if kind is LoRALinear else ""
+        for parameter, t in layer.adapter_parameters().items():
+            tensors[f"{PREFIX}{name}.{parameter}{suffix}"] = t
     biases = trainable_biases(model, _config_of(model).bias, layers)
     return tensors | {PREFIX + name: bias for name, bias in biases.items()}
 
 
-def _read_config_file(path: Path) -> LoraConfig:
+def _article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+
+
+def _check_method(layers: Mapping[str, AdaptedLinear], config: Config, path: Path) -> None:
+    kind = AdaLoRALinear if isinstance(config, AdaLoraConfig) else LoRALinear
+    for name, layer in layers.items():
+        if not isinstance(layer, kind):
+            method = "ADALORA" if isinstance(layer, AdaLoRALinear) else "LORA"
+            raise ValueError(
+                f"{path}: expected peft_type {method}, as {name} is {_article(type(layer))}, got an adapter for "
+                f"{kind.__name__}"
+            )
+        if isinstance(layer, AdaLoRALinear) and layer.init_r != config.init_r:
+            raise ValueError(f"{path}: expected init_r {layer.init_r}, as in {name}, got {config.init_r}")
+
+
+def _read_config_file(path: Path) -> Config:
     try:
         values = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # also of bytes that are no text, of numbers and nesting without end
@@ -178,14 +257,24 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shapes_after_adapt(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """What _adapter_tensors would hold if model, which has no adapters, were adapted."""
-    layers = find_targets(model, config)
+def _shapes_of_layers(layers: Mapping[str, nn.Module], config: Config) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the adapter tensors of layers in a file with this config."""
     expected: dict[str, tuple[int, ...]] = {}
+    adalora = isinstance(config, AdaLoraConfig)
+    suffix = "" if adalora else ".weight"
     for name, linear in layers.items():
         rank = config.rank_of(name)
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
+        expected[f"{PREFIX}{name}.lora_A{suffix}"] = (rank, linear.in_features)
+        expected[f"{PREFIX}{name}.lora_B{suffix}"] = (linear.out_features, rank)
+        if adalora:
+            expected[f"{PREFIX}{name}.lora_E"] = (rank, 1)
+    return expected
+
+
+def _shapes_after_adapt(model: nn.Module, config: Config) -> dict[str, tuple[int, ...]]:
+    """What _adapter_tensors would hold if model, which has no adapters, were adapted."""
+    layers = find_targets(model, config)
+    expected = _shapes_of_layers(layers, config)
     biases = trainable_biases(model, config.bias, layers)
     return expected | {PREFIX + name: tuple(bias.shape) for name, bias in biases.items()}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from .modules.adalora import check_adalora
 from .modules.lora import check_lora
 
 BIAS = ("none", "all", "lora_only")
@@ -43,13 +44,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_lora(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            names = isinstance(value, list) and all(isinstance(v, str) for v in value)
-            if not (names or isinstance(value, str) or (value is None and name == "exclude_modules")):
-                raise ValueError(f"{name}: expected a list of names or a pattern, got {value!r}")
-            if isinstance(value, str):
-                _check_pattern(name, value)
+        _check_targets(self)
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, dict):
@@ -58,10 +53,6 @@ class LoraConfig:
                 _check_pattern(name, pattern)
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
-        if self.bias not in BIAS:
-            raise ValueError(f"bias: expected one of {BIAS}, got {self.bias!r}")
-        if not self.target_modules:
-            raise ValueError(f'target_modules: expected names, a pattern or "all-linear", got {self.target_modules!r}')
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"rank_pattern[{name!r}]: expected an int >= 1, got {rank!r}")
@@ -79,6 +70,95 @@ class LoraConfig:
         """The content of an ``adapter_config.json`` of HF PEFT."""
         values = dataclasses.asdict(self)
         return {**values, "peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": False}
+
+
+@dataclass
+class AdaLoraConfig:
+    """AdaLoRA for a whole model (Zhang et al. 2023, arXiv 2303.10512): the names and defaults are HF PEFT's.
+
+    init_r, target_r: rank of every layer at the start, and mean rank at the end; the budget is that times the layers.
+    total_step: optimizer steps of the training. tinit: steps before the budget falls, tfinal: steps with the final
+    ranks; in between it falls as a cubic. deltaT: steps between two allocations.
+    beta1, beta2: decay of the averages of sensitivity and uncertainty, each in (0, 1).
+    orth_reg_weight: weight of ``peftkern.orthogonality(model)`` in the loss, which you add (docs/adalora.md).
+    lora_alpha, lora_dropout, init_lora_weights: as for AdaLoRALinear; target_modules, exclude_modules, bias: as for
+    LoraConfig. rank_pattern: of a saved adapter, {"<layer>.lora_E": which of the init_r triplets there are}.
+    Raises ValueError naming the field.
+    """
+
+    init_r: int = 12
+    target_r: int = 8
+    total_step: int | None = None
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    init_lora_weights: bool = True
+    rank_pattern: dict[str, list[bool]] | None = None
+    bias: str = "none"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_adalora(self.init_r, self.lora_alpha, self.lora_dropout, self.init_lora_weights, "init_r")
+        _check_targets(self)
+        lowest = {"target_r": 0, "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0.0 < value < 1.0:
+                raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+        if not isinstance(self.orth_reg_weight, Real) or not 0.0 <= self.orth_reg_weight < math.inf:
+            raise ValueError(f"orth_reg_weight: expected a finite number >= 0, got {self.orth_reg_weight!r}")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"tinit: expected less than total_step - tfinal = {self.total_step - self.tfinal}, so that there are "
+                f"steps in which the budget falls, got {self.tinit}"
+            )
+        if not isinstance(self.rank_pattern, (dict, type(None))):
+            raise ValueError(f"rank_pattern: expected a dict of layer: list of booleans, got {self.rank_pattern!r}")
+        for name, present in (self.rank_pattern or {}).items():
+            booleans = isinstance(present, list) and all(isinstance(v, bool) for v in present)
+            if not booleans or len(present) != self.init_r:
+                raise ValueError(f"rank_pattern[{name!r}]: expected a list of {self.init_r} booleans, got {present!r}")
+
+    def present_in(self, name: str) -> list[bool]:
+        """Which of the init_r triplets a layer has."""
+        return (self.rank_pattern or {}).get(f"{name}.lora_E", [True] * self.init_r)
+
+    def rank_of(self, name: str) -> int:
+        return sum(self.present_in(name))
+
+    def alpha_of(self, name: str) -> float:
+        return self.lora_alpha
+
+    def to_peft_dict(self) -> dict[str, Any]:
+        """The content of an ``adapter_config.json`` of HF PEFT."""
+        values = dataclasses.asdict(self)
+        return {**values, "peft_type": "ADALORA", "inference_mode": True, "fan_in_fan_out": False}
+
+
+def _check_targets(config: LoraConfig | AdaLoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not (names or isinstance(value, str) or (value is None and name == "exclude_modules")):
+            raise ValueError(f"{name}: expected a list of names or a pattern, got {value!r}")
+        if isinstance(value, str):
+            _check_pattern(name, value)
+    if config.bias not in BIAS:
+        raise ValueError(f"bias: expected one of {BIAS}, got {config.bias!r}")
+    if not config.target_modules:
+        raise ValueError(f'target_modules: expected names, a pattern or "all-linear", got {config.target_modules!r}')
 
 
 def _check_pattern(name: str, pattern: Any) -> None:
@@ -106,16 +186,16 @@ def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 # Fields of a PEFT config that say where it came from or how PEFT itself is to behave, not what is computed.
 _PEFT_ONLY = {"peft_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"}
-_OURS = {f.name for f in dataclasses.fields(LoraConfig)}
+_CONFIGS: dict[str, type[LoraConfig] | type[AdaLoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
 
 
-def read_config(config: Any) -> LoraConfig:
-    """Ours from ours, from a ``peft.LoraConfig``, or from the dict of an adapter_config.json.
+def read_config(config: Any) -> LoraConfig | AdaLoraConfig:
+    """Ours from ours, from a ``peft.LoraConfig`` or ``peft.AdaLoraConfig``, or from the dict of an adapter_config.json.
 
     Raises TypeError for anything else and ValueError for a PEFT option that would change the result and is not
     supported, so that nothing is silently ignored.
     """
-    if isinstance(config, LoraConfig):
+    if isinstance(config, (LoraConfig, AdaLoraConfig)):
         return config
     if isinstance(config, dict):
         values, defaults = config, {}
@@ -123,32 +203,42 @@ def read_config(config: Any) -> LoraConfig:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         defaults = {f.name: _default(f) for f in dataclasses.fields(config)}
     else:
-        raise TypeError(f"config: expected a peftkern.LoraConfig or a peft.LoraConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"config: expected a LoraConfig or an AdaLoraConfig, peftkern's or peft's, got {type(config).__name__}"
+        )
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
-    if kind != "LORA":
-        raise ValueError(f"config.peft_type: expected LORA, got {kind!r}")
+    if kind not in _CONFIGS:
+        raise ValueError(f"config.peft_type: expected {' or '.join(_CONFIGS)}, got {kind!r}")
+    fields = {f.name for f in dataclasses.fields(_CONFIGS[kind])}
     for name, value in values.items():
         off = value in (None, False, "", [], {}, ()) or (name in defaults and value == defaults[name])
-        if name not in _OURS and name not in _PEFT_ONLY and not off and not _harmless(name, value):
+        if name not in fields and name not in _PEFT_ONLY and not off and not _harmless(kind, name):
             raise ValueError(f"config.{name}: expected its default, this option is not supported here; got {value!r}")
     if values.get("target_modules") is None:
         raise ValueError(
             'config.target_modules: expected names, a pattern or "all-linear", got None, with which HF PEFT chooses by '
             "the type of the model"
         )
-    ours = {name: value for name, value in values.items() if name in _OURS and value is not None}
+    ours = {name: value for name, value in values.items() if name in fields and value is not None}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(ours.get(name), (set, tuple)):
             ours[name] = sorted(ours[name])
     if "task_type" in ours:
         ours["task_type"] = getattr(ours["task_type"], "value", ours["task_type"])
-    return LoraConfig(**ours)
+    if kind == "ADALORA" and isinstance(ours.get("rank_pattern"), dict):
+        # that of a PEFT config in use has the adapter's name behind every key
+        ours["rank_pattern"] = {
+            re.sub(r"\.lora_E\..*$", ".lora_E", str(name)): present for name, present in ours["rank_pattern"].items()
+        }
+    return _CONFIGS[kind](**ours)
 
 
 def _default(f: dataclasses.Field) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
-def _harmless(name: str, value: Any) -> bool:
+def _harmless(kind: str, name: str) -> bool:
     """Options of a feature that is itself off: PEFT writes them with their defaults into every adapter_config.json."""
+    if kind == "ADALORA" and name == "r":  # the field of LoraConfig, which AdaLoRA does not read
+        return True
     return name in {"megatron_core", "loftq_config", "qalora_group_size"}

@@ -189,3 +189,55 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     """``dynamic_codes[code] * nested_absmax + offset``, two fp32 roundings."""
     scale = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
     return dynamic_codes()[codes.long()] * scale + offset
+
+
+# ---- AdaLoRA's rank allocation (Zhang et al. 2023, arXiv 2303.10512) -------------------------------------------------
+
+
+def update_importance(
+    parameter: Tensor, grad: Tensor | None, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """The new ``(sensitivity, uncertainty)`` of a parameter, all of one shape: equations 8 to 10.
+
+    ``i = |p g|``, ``sensitivity = b1 sensitivity + (1 - b1) i``, ``uncertainty = b2 uncertainty + (1 - b2) |i -
+    sensitivity|`` with the new sensitivity. No gradient counts as zero.
+    """
+    importance = torch.zeros_like(parameter) if grad is None else (parameter * grad).abs()
+    sensitivity = beta1 * sensitivity + (1 - beta1) * importance
+    uncertainty = beta2 * uncertainty + (1 - beta2) * (importance - sensitivity).abs()
+    return sensitivity, uncertainty
+
+
+def triplet_scores(A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+    """Scores [r] of the triplets of a layer from those of its elements, ``sensitivity * uncertainty``, equation 7.
+
+    A: [r, in], E: [r, 1], B: [out, r]. The mean over A's row and that over B's column are added to E's own.
+    """
+    return E.reshape(-1) + A.mean(dim=1) + B.mean(dim=0)
+
+
+def rank_mask(scores: Tensor, budget: int, exact: bool = False) -> Tensor:
+    """Bool [triplets]: which to keep. The threshold is the ``triplets - budget`` smallest score, NaN the largest.
+
+    exact False: those above it, as HF PEFT masks by ``<= threshold``; True: exactly budget, of a tie the first.
+    """
+    values = scores.tolist()
+    rank = [(v != v, 0.0 if v != v else v) for v in values]
+    ascending = sorted(range(len(values)), key=lambda i: (rank[i], -i))
+    pruned = ascending[: max(len(values) - budget, 0)]
+    if pruned and not exact:
+        pruned = [i for i in ascending if rank[i] <= rank[pruned[-1]]]
+    keep = torch.ones(len(values), dtype=torch.bool)
+    keep[pruned] = False
+    return keep
+
+
+def orthogonality(A: list[Tensor], B: list[Tensor], squared: bool = False) -> Tensor:
+    """How far the factors are from orthonormal: rows of A [r, in], columns of B [out, r], over all layers.
+
+    False: mean over all factors of ``||A A^T - I||_F`` and ``||B^T B - I||_F``, as in HF PEFT and the published
+    code; True: the sum of their squares, equation 4.
+    """
+    grams = [a @ a.T for a in A] + [b.T @ b for b in B]
+    norms = torch.stack([torch.linalg.norm(g - torch.eye(g.shape[0], dtype=g.dtype)) for g in grams])
+    return norms.square().sum() if squared else norms.mean()

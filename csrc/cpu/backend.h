@@ -4,6 +4,7 @@
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
+#include "../rank_allocation.h"
 #include "../tensors.h"
 
 namespace peftkern {
@@ -31,6 +32,13 @@ class CpuBackend {
   void nf4_few_rows(const Nf4FewRows&) const;
   void quantize_absmax(const QuantizeAbsmax&) const;
   void dequantize_absmax(const DequantizeAbsmax&) const;
+
+  static constexpr int64_t kScoreParts = 0;  // one thread sums a column of B
+  void update_importance(const ImportanceUpdate&) const;
+  void rank_mask(const RankMask&) const;
+  void mask_ranks(const MaskRanks&) const;
+  void orthogonality(const Orthogonality&) const;
+  void orthogonality_grad(const OrthogonalityGrad&) const;
 };
 
 }  // namespace peftkern

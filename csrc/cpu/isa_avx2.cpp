@@ -13,16 +13,12 @@ namespace peftkern::cpu {
 namespace avx2 {
 #include "vec/avx2.h"
 
-#include "kernels/low_rank.inl"
-#include "kernels/multi_lora.inl"
-#include "kernels/nf4.inl"
+#include "kernels/table.inl"
 }  // namespace avx2
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static const KernelTable table{"avx2",        padded_rank,   pack_down,       pack_up,       low_rank_down,
-                                 low_rank_up,   low_rank_grad, column_sums,     quantize_nf4,  dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  multi_lora_down, multi_lora_up, multi_lora_grad};
+  static const KernelTable table = kernel_table("avx2");
   return table;
 }
 

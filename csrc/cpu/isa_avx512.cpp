@@ -13,16 +13,12 @@ namespace peftkern::cpu {
 namespace avx512 {
 #include "vec/avx512.h"
 
-#include "kernels/low_rank.inl"
-#include "kernels/multi_lora.inl"
-#include "kernels/nf4.inl"
+#include "kernels/table.inl"
 }  // namespace avx512
 
 const KernelTable& avx512_kernels() {
   using namespace avx512;
-  static const KernelTable table{"avx512",      padded_rank,   pack_down,       pack_up,       low_rank_down,
-                                 low_rank_up,   low_rank_grad, column_sums,     quantize_nf4,  dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  multi_lora_down, multi_lora_up, multi_lora_grad};
+  static const KernelTable table = kernel_table("avx512");
   return table;
 }
 

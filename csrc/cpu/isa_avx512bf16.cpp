@@ -14,18 +14,20 @@ namespace peftkern::cpu {
 namespace avx512bf16 {
 #include "vec/avx512.h"
 
-#include "kernels/low_rank.inl"
+#include "kernels/table.inl"
 #include "kernels/low_rank_bf16.inl"
-#include "kernels/multi_lora.inl"
 #include "kernels/multi_lora_bf16.inl"
-#include "kernels/nf4.inl"
 }  // namespace avx512bf16
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static const KernelTable table{"avx512bf16",  padded_rank,   pack_down_bf16,       pack_up,       low_rank_down_bf16,
-                                 low_rank_up,   low_rank_grad, column_sums,          quantize_nf4,  dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  multi_lora_down_bf16, multi_lora_up, multi_lora_grad};
+  static const KernelTable table = [] {
+    KernelTable t = kernel_table("avx512bf16");
+    t.pack_down = pack_down_bf16;
+    t.low_rank_down = low_rank_down_bf16;
+    t.multi_lora_down = multi_lora_down_bf16;
+    return t;
+  }();
   return table;
 }
 

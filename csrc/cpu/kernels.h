@@ -5,6 +5,7 @@
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
+#include "../rank_allocation.h"
 
 namespace peftkern::cpu {
 
@@ -15,6 +16,7 @@ constexpr int64_t kRowBlock = 64;     // rows whose rank sums low_rank_down hold
 constexpr int64_t kRowChunk = 128;    // entries of a call of multi_lora_down: a factor is packed once for them
 constexpr int64_t kPanelDepth = 256;  // columns of a factor that multi_lora_down packs at a time
 constexpr int64_t kColumnSpan = 512;  // columns of a call of multi_lora_up
+constexpr int64_t kMaxLanes = 16;     // of any instruction set
 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
 // 16 weights, and a product that follows streams them from memory anyway.
@@ -53,6 +55,9 @@ struct KernelTable {
   // scratch: as for low_rank_grad
   void (*multi_lora_grad)(const MultiLoraGrad&, int64_t adapter, int64_t rank, int64_t column0, int64_t column1,
                           float* scratch);
+
+  // scratch: [rank, kMaxLanes + 1] of the layer with the largest rank
+  void (*update_importance)(const ImportanceUpdate&, float* scratch, int64_t layer0, int64_t layer1);
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in modules: parameters, merging and state dicts over the ops."""
 
+from .adalora import AdaLoRALinear
 from .adapted import AdaptedLinear
 from .base_weight import BaseWeight
 from .lora import LoRALinear, QLoRALinear
 from .nf4_linear import NF4Linear
 
-__all__ = ["AdaptedLinear", "BaseWeight", "LoRALinear", "NF4Linear", "QLoRALinear"]
+__all__ = ["AdaLoRALinear", "AdaptedLinear", "BaseWeight", "LoRALinear", "NF4Linear", "QLoRALinear"]

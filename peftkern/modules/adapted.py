@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
+from ..ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
 from .base_weight import WEIGHT_NAMES, BaseWeight
+from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias
 
 
 class AdaptedLinear(BaseWeight):
@@ -24,6 +26,44 @@ class AdaptedLinear(BaseWeight):
         # The parameters of the base weight while a merged one is in their place. In a dict, since a parameter set as an
         # attribute would be registered, and so saved, counted and trained.
         self._unmerged: dict[str, nn.Parameter] | None = None
+
+    def _start_base(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        """__init__ with a frozen dense weight and bias that start as nn.Linear's."""
+        check_features(in_features, out_features)
+        AdaptedLinear.__init__(self, in_features, out_features)
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.set_base_weight(weight)
+        self.bias = init_bias(bias, in_features, out_features, weight)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @classmethod
+    def _around(cls, linear: nn.Linear, quantize: NF4Config | None, default: NF4Config | None = None):
+        """An instance, still without an adapter, over the weight (dense, or an NF4Linear's) and bias of linear, shared
+        and frozen. quantize, or else default, says how to quantize a dense weight."""
+        check_is_linear(linear)
+        weight: Tensor | NF4Weight = linear.base_weight() if isinstance(linear, NF4Linear) else linear.weight
+        if isinstance(weight, NF4Weight):
+            if quantize is not None:
+                raise ValueError("quantize: expected None for a layer whose weight is NF4 already")
+        elif config := quantize or default:
+            weight = quantize_nf4(weight, config.block_size, config.double_quant)
+        self = cls.__new__(cls)
+        AdaptedLinear.__init__(self, linear.in_features, linear.out_features)
+        self.set_base_weight(weight)
+        self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        return self
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the adapter by attribute name."""
+        names = ("lora_A", "lora_E", "lora_B")
+        return {name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
 
     def terms(self) -> dict[str, Any]:
         """The adapter as keyword arguments of ``ops.adapted_linear``: A, B, lam, out_scale, scaling, dropout_p."""

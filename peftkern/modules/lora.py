@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Config, NF4Weight, quantize_nf4
+from ..ops import NF4Config, quantize_nf4
 from .adapted import AdaptedLinear
-from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias
 
 Quantize = str | NF4Config | None
 
@@ -26,9 +25,11 @@ def quantize_config(quantize: Quantize) -> NF4Config | None:
     raise ValueError(f'quantize: expected None, "nf4" or an NF4Config, got {quantize!r}')
 
 
-def check_lora(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
+def check_lora(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, r_name: str = "r"
+) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r: expected an int >= 1, got {r!r}")
+        raise ValueError(f"{r_name}: expected an int >= 1, got {r!r}")
     if not isinstance(lora_alpha, Real) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
     if not isinstance(lora_dropout, Real) or not 0.0 <= lora_dropout < 1.0:
@@ -67,15 +68,8 @@ class LoRALinear(AdaptedLinear):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        check_features(in_features, out_features)
         check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
-        super().__init__(in_features, out_features)
-        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        self.set_base_weight(weight)
-        self.bias = init_bias(bias, in_features, out_features, weight)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self._start_base(in_features, out_features, bias, device, dtype)
         self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
 
     @classmethod
@@ -94,21 +88,8 @@ class LoRALinear(AdaptedLinear):
 
         quantize: "nf4" or an NF4Config to quantize a dense weight first; the original is then not kept.
         """
-        check_is_linear(linear)
         check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
-        config = quantize_config(quantize)
-        weight: Tensor | NF4Weight = linear.base_weight() if isinstance(linear, NF4Linear) else linear.weight
-        if isinstance(weight, NF4Weight):
-            if config is not None:
-                raise ValueError("quantize: expected None for a layer whose weight is NF4 already")
-        elif config := config or cls.quantized_base:
-            weight = quantize_nf4(weight, config.block_size, config.double_quant)
-        self = cls.__new__(cls)
-        AdaptedLinear.__init__(self, linear.in_features, linear.out_features)
-        self.set_base_weight(weight)
-        self.bias = linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self = cls._around(linear, quantize_config(quantize), cls.quantized_base)
         self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         return self
 

@@ -4,8 +4,19 @@
 from .adapted_linear import adapted_linear, lora_linear, nf4_linear
 from .multi_lora import multi_lora_linear
 from .nf4 import NF4Config, NF4Weight, dequantize_nf4, quantize_nf4
+from .rank_allocation import mask_ranks, orthogonality_penalty, rank_mask, update_importance
 
 __all__ = [
-    "NF4Config", "NF4Weight", "adapted_linear", "dequantize_nf4", "lora_linear",
-    "multi_lora_linear", "nf4_linear", "quantize_nf4",
-]  # fmt: skip
+    "NF4Config",
+    "NF4Weight",
+    "adapted_linear",
+    "dequantize_nf4",
+    "lora_linear",
+    "mask_ranks",
+    "multi_lora_linear",
+    "nf4_linear",
+    "orthogonality_penalty",
+    "quantize_nf4",
+    "rank_mask",
+    "update_importance",
+]

@@ -14,7 +14,8 @@ inline F32 zero() { return {0.0f}; }
 inline F32 set1(float x) { return {x}; }
 inline F32 add(F32 a, F32 b) { return {a.v + b.v}; }
 inline F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
-inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }          // a * b + c
+inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }  // a * b + c
+inline F32 abs(F32 a) { return {bits_float(float_bits(a.v) & 0x7fffffff)}; }
 inline F32 keep(F32 a, uint32_t bits) { return {bits & 1 ? a.v : 0.0f}; }  // zero the lanes whose bit is 0
 
 template <class T>

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels that are written once for every instruction set, as the table of one. An instruction set that has
+// something better replaces the member.
+#include "low_rank.inl"
+#include "multi_lora.inl"
+#include "nf4.inl"
+#include "rank_allocation.inl"
+
+inline KernelTable kernel_table(const char* name) {
+  return {.name = name,
+          .padded_rank = padded_rank,
+          .pack_down = pack_down,
+          .pack_up = pack_up,
+          .low_rank_down = low_rank_down,
+          .low_rank_up = low_rank_up,
+          .low_rank_grad = low_rank_grad,
+          .column_sums = column_sums,
+          .quantize_nf4 = quantize_nf4,
+          .dequantize_nf4 = dequantize_nf4,
+          .pack_few_rows = pack_few_rows,
+          .nf4_few_rows = nf4_few_rows,
+          .multi_lora_down = multi_lora_down,
+          .multi_lora_up = multi_lora_up,
+          .multi_lora_grad = multi_lora_grad,
+          .update_importance = update_importance};
+}

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA's importance, rank mask and orthogonality term (Zhang et al. 2023, arXiv 2303.10512), all layers in one call.
+
+Formulas: reference.py; the C++ side: csrc/rank_allocation.h. A layer has A [r, in], E [r, 1] and B [out, r]; triplet j
+is row j of A, E[j] and column j of B. Triplets are numbered through all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .library import ops
+
+_update_importance = ops.update_importance_.default
+_rank_mask = ops.rank_mask.default
+_mask_ranks = ops.mask_ranks_.default
+_orthogonality = ops.orthogonality.default
+_orthogonality_backward = ops.orthogonality_backward.default
+
+STATE_ALIGNMENT = 16  # kStateAlignment of csrc/rank_allocation.h
+
+
+def state_layout(shapes: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[slice, slice, slice]], int]:
+    """Where the averages of A, E and B lie in the state of layers of the given (r, in, out), and the size of the state.
+
+    >>> state_layout([(2, 3, 5)])
+    ([(slice(0, 6, None), slice(16, 18, None), slice(32, 42, None))], 48)
+    """
+    slices, at = [], 0
+    for r, in_features, out_features in shapes:
+        pieces = []
+        for n in (r * in_features, r, out_features * r):
+            pieces.append(slice(at, at + n))
+            at += -(-n // STATE_ALIGNMENT) * STATE_ALIGNMENT
+        slices.append((pieces[0], pieces[1], pieces[2]))
+    return slices, at
+
+
+def update_importance(
+    A: Sequence[Tensor],
+    E: Sequence[Tensor],
+    B: Sequence[Tensor],
+    sensitivity: Tensor,
+    uncertainty: Tensor,
+    beta1: float,
+    beta2: float,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Takes the gradients (``.grad``) of all layers into the averages and returns the score of every triplet.
+
+    A, E, B: of every layer, float32, bfloat16 or float16. sensitivity, uncertainty: float32, flat, laid out by
+    ``state_layout``; updated in place. grad_scale: float32, one element, that the gradients are to be divided by. A
+    parameter without a gradient counts as one with zero. Returns float32 [triplets].
+    Raises RuntimeError naming the argument for shapes, dtypes and devices that do not fit.
+    """
+    grads = [[t.grad for t in tensors] for tensors in (A, E, B)]
+    return _update_importance(A, E, B, *grads, sensitivity, uncertainty, beta1, beta2, grad_scale)
+
+
+def rank_mask(scores: Tensor, budget: int, exact: bool = False) -> Tensor:
+    """Bool [triplets]: which triplets to keep of float32 scores [triplets].
+
+    exact False: those above the ``triplets - budget`` smallest, as HF PEFT, which may be fewer than budget where scores
+    are equal; True: budget of them, of a tie the first. A budget of all triplets or more keeps all.
+
+    >>> rank_mask(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2).tolist()
+    [True, False, False, False]
+    >>> rank_mask(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2, exact=True).tolist()
+    [True, False, True, False]
+    """
+    return _rank_mask(scores, budget, exact)
+
+
+def mask_ranks(E: Sequence[Tensor], keep: Tensor) -> None:
+    """Zeroes, in place, the elements of E, [r, 1] of every layer, for which keep, bool [triplets], is False."""
+    _mask_ranks(E, keep)
+
+
+class _Orthogonality(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, squared, layers, *factors):
+        value, deviations, norms = _orthogonality(factors[:layers], factors[layers:], squared)
+        ctx.save_for_backward(deviations, norms, *factors)
+        ctx.squared, ctx.layers = squared, layers
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        deviations, norms, *factors = ctx.saved_tensors
+        A, B = factors[: ctx.layers], factors[ctx.layers :]
+        dA, dB = _orthogonality_backward(grad, A, B, deviations, norms, ctx.squared)
+        grads = (g if wanted else None for g, wanted in zip((*dA, *dB), ctx.needs_input_grad[2:], strict=True))
+        return None, None, *grads
+
+
+def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor], squared: bool = False) -> Tensor:
+    """How far the rows of A, [r, in] each, and the columns of B, [out, r] each, are from orthonormal: float32 [].
+
+    False: the mean of ``||A A^T - I||_F`` and ``||B^T B - I||_F`` over all of them, as HF PEFT; True: the sum of their
+    squares, equation 4 of the paper. Differentiable; the gradient at a norm of 0 is 0.
+
+    >>> round(orthogonality_penalty([torch.zeros(4, 8)], [torch.eye(8, 4)]).item(), 3)
+    1.0
+    """
+    if not A and not B:  # the dispatcher would not know which device's kernel to call
+        raise RuntimeError("A and B: expected at least one tensor")
+    return _Orthogonality.apply(squared, len(A), *A, *B)
+
+
+@torch.library.register_fake("peftkern::update_importance_")
+def _(A, E, B, grad_A, grad_E, grad_B, sensitivity, uncertainty, beta1, beta2, grad_scale):
+    return sensitivity.new_empty((sum(a.shape[0] for a in A),))
+
+
+@torch.library.register_fake("peftkern::rank_mask")
+def _(scores, budget, exact):
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("peftkern::mask_ranks_")
+def _(E, keep):
+    return None
+
+
+@torch.library.register_fake("peftkern::orthogonality")
+def _(A, B, squared):
+    like = A[0] if A else B[0]
+    size = sum(a.shape[0] ** 2 for a in A) + sum(b.shape[1] ** 2 for b in B)
+    shapes = ((), (size,), (len(A) + len(B),))
+    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.register_fake("peftkern::orthogonality_backward")
+def _(grad, A, B, deviations, norms, squared):
+    return [torch.empty_like(a) for a in A], [torch.empty_like(b) for b in B]
