@@ -214,8 +214,7 @@ def test_three_kinds_of_prompts_on_a_real_model():
         ],
         "law": [
             "Can my landlord raise the rent without notice?", "What makes a contract binding?",
-            "How do I appeal a court decision?", "Is a spoken agreement enforceable?",
-            "Who pays for a tenant's damage?",
+            "How do I appeal a court decision?", "Is a spoken agreement enforceable?", "Who pays for damage?",
         ],
     }  # fmt: skip
     for name, prompts in examples.items():

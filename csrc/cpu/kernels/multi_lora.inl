@@ -2,8 +2,8 @@
 // The kernels of a batch with many adapters (multi_low_rank.h): low_rank.inl's tiles over gathered rows. A row's sums
 // and a gradient's are taken in the same order as there, so a row has the bits it has in a batch of one adapter.
 //
-// With one row an adapter a factor is used once, and copying it into the order that the tiles want costs as much as the
-// product. So it is packed in pieces that stay in cache, by transposing registers, and never as a whole.
+// A factor is packed in pieces that stay in cache, by transposing registers, and never as a whole. With one row an
+// adapter it is used once, and even that would cost more than the product: then it goes from registers to the sums.
 
 static_assert(kDepth == kPanelDepth && kSpan == kColumnSpan && kRowChunk % kTileRows == 0);
 
@@ -20,15 +20,24 @@ inline void copy_panel(const T* source, int64_t stride, int64_t rows, int64_t co
       store(target + r * ld + c, load_up_to(source + r * stride + c, columns - c));
 }
 
+// block[j][i] = source[i][j], zero past rows and columns
+template <class T>
+inline void load_transposed(const T* source, int64_t stride, int64_t rows, int64_t columns, F32 (&block)[kWidth]) {
+  if (rows >= kWidth && columns >= kWidth) {
+    for (int64_t i = 0; i < kWidth; ++i) block[i] = load(source + i * stride);
+  } else {
+    for (int64_t i = 0; i < kWidth; ++i) block[i] = i < rows ? load_up_to(source + i * stride, columns) : zero();
+  }
+  transpose(block);
+}
+
 // target[c][r] = source[r][c], in whole vectors both ways: zero past rows and columns
 template <class T>
 inline void transpose_panel(const T* source, int64_t stride, int64_t rows, int64_t columns, float* target, int64_t ld) {
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
       F32 block[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i)
-        block[i] = r + i < rows ? load_up_to(source + (r + i) * stride + c, columns - c) : zero();
-      transpose(block);
+      load_transposed(source + r * stride + c, stride, rows - r, columns - c, block);
       for (int64_t i = 0; i < kWidth; ++i) store(target + (c + i) * ld + r, block[i]);
     }
 }
@@ -45,6 +54,20 @@ inline void store_multi_down(const MultiLoraDown& a, int64_t adapter, int64_t ra
     for (int64_t j = 0; j < a.rank; ++j) a.out[e * a.rank + j] = j < rank ? scale * sums[(e - entry0) * ld + j] : 0.0f;
 }
 
+// sums[j] += x[0:depth] factor[j][0:depth] for one row: what down_tile does, without a packed factor
+template <class F>
+inline void down_row(const F* factor, int64_t stride, int64_t rank, const float* x, int64_t depth, float* sums) {
+  for (int64_t j = 0; j < rank; j += kWidth) {
+    F32 sum = load(sums + j);
+    for (int64_t c = 0; c < depth; c += kWidth) {
+      F32 block[kWidth];
+      load_transposed(factor + j * stride + c, stride, rank - j, depth - c, block);
+      for (int64_t i = 0; i < smaller(kWidth, depth - c); ++i) sum = fma(set1(x[c + i]), block[i], sum);
+    }
+    store(sums + j, sum);
+  }
+}
+
 template <class T, class F>
 void multi_down_rows(const MultiLoraDown& a, int64_t adapter, int64_t rank, int64_t entry0, int64_t entry1,
                      float* scratch) {
@@ -56,6 +79,11 @@ void multi_down_rows(const MultiLoraDown& a, int64_t adapter, int64_t rank, int6
   std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kRowChunk * ld));
   for (int64_t column = 0; column < a.columns; column += kDepth) {
     const int64_t depth = smaller(kDepth, a.columns - column);
+    if (entry1 - entry0 == 1 && a.factors.rank_major) {
+      load_tile(x, a.columns, a.groups.order[entry0], 1, column, depth, a.dropout, tile, kDepth);
+      down_row(factor + column, a.columns, rank, tile, depth, sums);
+      continue;
+    }
     if (a.factors.rank_major)
       transpose_panel(factor + column, a.columns, rank, depth, packed, ld);
     else
@@ -95,24 +123,47 @@ inline void multi_up_store(const MultiLoraUp& a, float scale, int64_t row, int64
   left >= kWidth ? store(y, value) : store_first(y, left, value);
 }
 
-// kRows rows at once; a lone row does not pay for a tile of them
-template <class T, int kRows>
+// One row: what multi_up_tile does, without a packed factor.
+template <class T, class F>
+inline void multi_up_row(const MultiLoraUp& a, float scale, int64_t rank, const F* factor, int64_t entry,
+                         int64_t column0, int64_t column1) {
+  uint8_t bits[kSpan / 8 + kKeepPad];
+  const int64_t row = a.groups.order[entry];
+  const float* u = a.u + entry * a.rank;
+  if (a.dropout.threshold) keep_row(a.dropout, row, column0, column1 - column0, bits);
+  for (int64_t column = column0; column < column1; column += kWidth) {
+    const int64_t left = column1 - column;
+    F32 sum = zero();
+    if (a.factors.rank_major) {
+      for (int64_t j = 0; j < rank; ++j) sum = fma(set1(u[j]), load_up_to(factor + j * a.columns + column, left), sum);
+    } else {
+      for (int64_t j = 0; j < rank; j += kWidth) {
+        F32 block[kWidth];
+        load_transposed(factor + column * a.rank + j, a.rank, left, rank - j, block);
+        for (int64_t i = 0; i < smaller(kWidth, rank - j); ++i) sum = fma(set1(u[j + i]), block[i], sum);
+      }
+    }
+    multi_up_store<T>(a, scale, row, column, sum, a.dropout.threshold ? lane_bits(bits, column - column0) : 0);
+  }
+}
+
+template <class T>
 inline void multi_up_tile(const MultiLoraUp& a, float scale, int64_t rank, const float* packed, int64_t entry,
                           int64_t rows, int64_t column0, int64_t column1) {
-  uint8_t bits[kRows][kSpan / 8 + kKeepPad];
-  const float* u[kRows];
-  for (int64_t i = 0; i < kRows; ++i) u[i] = a.u + (entry + smaller(i, rows - 1)) * a.rank;
+  uint8_t bits[kTileRows][kSpan / 8 + kKeepPad];
+  const float* u[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) u[i] = a.u + (entry + smaller(i, rows - 1)) * a.rank;
   if (a.dropout.threshold)
     for (int64_t i = 0; i < rows; ++i)
       keep_row(a.dropout, a.groups.order[entry + i], column0, column1 - column0, bits[i]);
   for (int64_t column = column0; column < column1; column += kTileVectors * kWidth) {
-    F32 sum[kRows][kTileVectors];
-    for (int i = 0; i < kRows; ++i)
+    F32 sum[kTileRows][kTileVectors];
+    for (int i = 0; i < kTileRows; ++i)
       for (int v = 0; v < kTileVectors; ++v) sum[i][v] = zero();
     for (int64_t j = 0; j < rank; ++j) {
       F32 factor[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) factor[v] = load(packed + j * kSpan + column - column0 + v * kWidth);
-      for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kTileRows; ++i) {
         const F32 weight = set1(u[i][j]);
         for (int v = 0; v < kTileVectors; ++v) sum[i][v] = fma(weight, factor[v], sum[i][v]);
       }
@@ -132,16 +183,13 @@ void multi_up_columns(const MultiLoraUp& a, int64_t adapter, int64_t rank, int64
                       int64_t column0, int64_t column1, float* packed) {
   const F* factor = static_cast<const F*>(a.factors.data) + adapter * a.rank * a.columns;
   const float scale = alpha_of(a.alphas, a.alpha, adapter) * a.dropout.scale;
+  if (entry1 - entry0 == 1) return multi_up_row<T>(a, scale, rank, factor, entry0, column0, column1);
   if (a.factors.rank_major)
     copy_panel(factor + column0, a.columns, rank, column1 - column0, packed, kSpan);
   else
     transpose_panel(factor + column0 * a.rank, a.rank, column1 - column0, rank, packed, kSpan);
   for (int64_t e = entry0; e < entry1; e += kTileRows) {
-    const int64_t rows = smaller(kTileRows, entry1 - e);
-    if (rows == 1)
-      multi_up_tile<T, 1>(a, scale, rank, packed, e, rows, column0, column1);
-    else
-      multi_up_tile<T, kTileRows>(a, scale, rank, packed, e, rows, column0, column1);
+    multi_up_tile<T>(a, scale, rank, packed, e, smaller(kTileRows, entry1 - e), column0, column1);
   }
 }
 
