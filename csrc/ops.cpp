@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "choice.h"
 #include "cpu/dispatch.h"
 #include "cpu/large_buffers.h"
-#include "forced_product.h"
 
 #ifndef PEFTKERN_CUDA_ARCHS
 #define PEFTKERN_CUDA_ARCHS ""  // set by setup.py when CUDA is compiled in
@@ -23,6 +23,10 @@ void set_cpu_isa(std::string name) { peftkern::cpu::set_isa(name); }
 void set_product(std::string direction, std::string name) { peftkern::set_product(direction, name); }
 std::vector<std::string> product_names(std::string direction) { return peftkern::product_names(direction); }
 int64_t empty_cpu_cache() { return static_cast<int64_t>(peftkern::cpu::empty_buffer_cache()); }
+void set_autotune(bool on) { peftkern::set_autotune(on); }
+std::vector<std::string> timed_products() { return peftkern::all_timed(); }
+void add_timed_products(std::vector<std::string> lines) { peftkern::add_timed(lines); }
+void forget_timed_products() { peftkern::forget_timed(); }
 std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
 
 }  // namespace
@@ -70,6 +74,10 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def("set_cpu_isa(str name) -> ()");
   m.def("set_product(str direction, str name) -> ()");
   m.def("product_names(str direction) -> str[]");
+  m.def("set_autotune(bool on) -> ()");
+  m.def("timed_products() -> str[]");
+  m.def("add_timed_products(str[] lines) -> ()");
+  m.def("forget_timed_products() -> ()");
   m.def("empty_cpu_cache() -> int");
   m.def("cuda_archs() -> str");
 }
@@ -80,6 +88,10 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
   m.impl("set_product", TORCH_BOX(&set_product));
   m.impl("product_names", TORCH_BOX(&product_names));
+  m.impl("set_autotune", TORCH_BOX(&set_autotune));
+  m.impl("timed_products", TORCH_BOX(&timed_products));
+  m.impl("add_timed_products", TORCH_BOX(&add_timed_products));
+  m.impl("forget_timed_products", TORCH_BOX(&forget_timed_products));
   m.impl("empty_cpu_cache", TORCH_BOX(&empty_cpu_cache));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }

@@ -9,7 +9,7 @@
 #pragma once
 #include <span>
 
-#include "forced_product.h"
+#include "choice.h"
 #include "terms.h"
 
 namespace peftkern {
@@ -47,10 +47,70 @@ std::span<const Way<Backend, Product>> ways();
 inline const char* direction(const ForwardProduct&) { return "forward"; }
 inline const char* direction(const GradientProduct&) { return "gradient"; }
 
-// The first row that accepts, or the one that set_product() forces.
+// What of a product decides which way is the fastest: the device, the sizes (rows and rank up to the next power of
+// two), the dtypes, and what rides along.
+inline int64_t bucket(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return n ? power : 0;
+}
+
+inline std::string common_description(const Terms& t, int64_t rows, ScalarType dtype) {
+  std::ostringstream text;
+  text << " M<=" << bucket(rows) << ' ' << t.in << 'x' << t.out << ' ' << name_of(dtype) << " weight ";
+  if (t.absmax) {
+    text << "NF4/" << t.block_size;
+  } else {
+    text << name_of(t.weight.scalar_type());
+  }
+  if (t.rank) text << " r<=" << bucket(t.rank) << ' ' << name_of(t.A->scalar_type());
+  return text.str();
+}
+
+inline std::string description(const ForwardProduct& p) {
+  return "forward" + common_description(p.terms, p.rows(), p.x.scalar_type()) + (p.bias ? " bias" : "") +
+         (p.terms.out_scale ? " out_scale" : "") + (p.z ? " z" : "");
+}
+inline std::string description(const GradientProduct& p) {
+  return "gradient" + common_description(p.terms, p.rows(), p.q.scalar_type()) +
+         (p.dh && p.terms.dropout.seed ? " dropout" : "");
+}
+
+inline const Tensor& activations(const ForwardProduct& p) { return p.x; }
+inline const Tensor& activations(const GradientProduct& p) { return p.q; }
+
+// The fastest of the ways that accept, by the clock: timed the first time, then remembered. Null where there is nothing
+// to choose, or this is no moment to time: while a CUDA graph is captured, or while another thread does.
+template <class Backend, class Product>
+const Way<Backend, Product>* timed_way(const Backend& backend, const Product& product) {
+  const std::string key = backend.identity() + ": " + description(product);
+  const auto table = ways<Backend, Product>();
+  if (const auto name = fastest_way(key)) {
+    for (const auto& way : table)
+      if (*name == way.name && way.accepts(product)) return &way;
+    return nullptr;  // of an older table
+  }
+  if (!product.rows() || !backend.may_time()) return nullptr;
+  const TimingTurn turn;
+  if (!turn) return nullptr;
+  Timed timed{key, {}};
+  for (const auto& way : table) {
+    if (!way.accepts(product)) continue;
+    timed.seconds.emplace_back(way.name,
+                               backend.seconds(activations(product), [&] { return way.make(backend, product); }));
+  }
+  remember(std::move(timed));
+  return timed_way(backend, product);
+}
+
+// Makes a product: by the way that set_product() forces, else the fastest if peftkern.autotune is on, else the first
+// row that accepts.
 template <class Backend, class Product>
 Tensor make(const Backend& backend, const Product& product) {
   const std::string forced = forced_product(direction(product));
+  if (forced.empty() && autotune_on()) {
+    if (const auto* way = timed_way(backend, product)) return way->make(backend, product);
+  }
   for (const auto& way : ways<Backend, Product>()) {
     if (!forced.empty() && forced != way.name) continue;
     if (way.accepts(product)) return way.make(backend, product);
@@ -128,7 +188,7 @@ constexpr Way<Backend, GradientProduct> kLibraryGradient = {
       return add_low_rank(backend, p, product(p.q, p.terms.dense_weight(backend, p.q.scalar_type())));
     }};
 
-// Tells forced_product.h what the tables of a backend hold.
+// Tells choice.h what the tables of a backend hold.
 template <class Backend, class Product>
 void add_product_names(const char* direction) {
   for (const auto& way : ways<Backend, Product>()) add_product_name(direction, way.name);

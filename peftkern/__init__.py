@@ -4,6 +4,7 @@
 from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_bank import AdapterBank
 from .adapter_io import load_adapter, save_adapter
+from .autotune import autotune
 from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
 from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
@@ -36,6 +37,7 @@ __all__ = [
     "Router",
     "adapt",
     "adapted_linear",
+    "autotune",
     "cpu_isa",
     "dequantize_nf4",
     "empty_cpu_cache",

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from .autotune import timed_products
 from .modules import AdaptedLinear, BaseWeight
 from .ops.library import ops
 
@@ -86,7 +87,19 @@ def explain(module: nn.Module) -> str:
         lines.append(f"{len(names)} {path}{example}")
     if plain:
         lines.append(f"{plain} plain nn.Linear: torch's own path, no kernel of peftkern")
+    lines += _timed(module)
     return "\n".join(lines) or "no layer of peftkern and no nn.Linear"
+
+
+def _timed(module: nn.Module) -> list[str]:
+    """What autotune has timed for the shapes of module's layers: the way that is taken, and the others."""
+    shapes = {f" {m.in_features}x{m.out_features} " for m in module.modules() if isinstance(m, BaseWeight)}
+    lines = []
+    for product, timings in timed_products().items():
+        if any(shape in product for shape in shapes):
+            ways = ", ".join(f"{way} {1e6 * seconds:.1f} us" for way, seconds in timings.items())
+            lines.append(f"timed: {product}: {ways}")
+    return lines
 
 
 def _path(layer: BaseWeight) -> str:

@@ -21,6 +21,8 @@ def same_start():
     torch.manual_seed(0)
     yield
     peftkern.set_cpu_isa("")
+    peftkern.autotune(False)
+    ops.forget_timed_products()
     ops.set_product("forward", "")
     ops.set_product("gradient", "")
 

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
-from ptxsim.cudart import Device, Recorder, package_on
+from ptxsim.cudart import Device, Recorder, autotune_on, package_on
 from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, QuantizeNf4
 from ptxsim.ops_cases import (
     CASES,
@@ -271,6 +271,20 @@ def test_adapted_linear_on_simulated_kernels(sample):
         worst = max(dtype, y.dtype, key=lambda d: torch.finfo(d).eps)
         assert_close(tensor.grad, leaves[name].grad, worst, f"d{name}")
         assert_close(tensor.grad, on_cpu.inputs()[name].grad, worst, f"d{name}, against the CPU kernels")
+
+
+def test_autotune_times_on_the_stream_but_not_in_a_graph():
+    """The ways run several times between events when a product is new, and once while a graph is captured."""
+    x = torch.randn(5, 64)
+    q = peftkern.quantize_nf4(torch.randn(48, 64))
+    launches = {}
+    for when, capturing in (("captured", True), ("timed", False), ("remembered", False)):
+        device = Device("sm_80", host_memory=True)
+        with autotune_on(capturing), package_on(device, [x, q.packed, q.absmax]):
+            y = peftkern.nf4_linear(x, q)
+        launches[when] = len(device.launched)
+        assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.float32).double().T, torch.float32, when)
+    assert launches["captured"] == launches["remembered"] == 1 and launches["timed"] >= 9
 
 
 @pytest.mark.parametrize("sample", MULTI_SAMPLES, ids=str)

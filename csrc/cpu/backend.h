@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU as csrc/adapted_linear.h and csrc/nf4_ops.h see it. CudaBackend has the same members.
 #pragma once
+#include <functional>
+#include <string>
+
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
@@ -15,6 +18,12 @@ class CpuBackend {
 
   // An uninitialised dense weight on the device of like; large ones come from a cache (large_buffers.h).
   Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const;
+
+  // For the timing of products.h: what was timed where, whether this is a moment for it, and what a call takes, in
+  // seconds, the median of a few from cold caches. like: a tensor on the device.
+  std::string identity() const;
+  bool may_time() const { return true; }
+  double seconds(const Tensor& like, const std::function<void()>& call) const;
 
   void low_rank_down(const LowRankDown&) const;
   void low_rank_up(const LowRankUp&) const;

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
+#include <string>
+
 #include "../tensors.h"
 #include "kernels.h"
 
@@ -34,6 +37,11 @@ class CudaBackend {
   Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const {
     return empty(like, shape, dtype);
   }
+
+  // As CpuBackend's. No moment for it is while a CUDA graph is captured.
+  std::string identity() const;
+  bool may_time() const;
+  double seconds(const Tensor& like, const std::function<void()>& call) const;
 
   void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
   void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }

@@ -7,6 +7,7 @@
 // until that function is added.
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <string>
@@ -31,7 +32,10 @@ struct Configuration {
 
 constexpr int kMaxSharedMemory = 227 * 1024;  // of a block, sm_90 and sm_100; sm_80 has 163 KB
 
+using Clock = std::chrono::steady_clock;
+
 LaunchCallback callback = nullptr;
+bool capturing = false;
 thread_local cudaError_t last_error = cudaSuccess;  // the first one not yet asked for
 
 // As in the real runtime, each thread has its own error and its own launches.
@@ -122,6 +126,39 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
     kernel->second.max_dynamic_shared = value;
   }
   return cudaSuccess;
+}
+// A device for what the package times: an event is the clock of this machine, which is no GPU's.
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  std::strcpy(properties->name, "simulated");
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrL2CacheSize) return record(cudaErrorInvalidValue);
+  return *value = 1 << 20, cudaSuccess;
+}
+void cudart_set_capturing(bool on) { capturing = on; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+  return std::memset(target, value, bytes), cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  return *event = reinterpret_cast<cudaEvent_t>(new Clock::time_point), cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return delete reinterpret_cast<Clock::time_point*>(event), cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  return *reinterpret_cast<Clock::time_point*>(event) = Clock::now(), cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  const auto elapsed = *reinterpret_cast<Clock::time_point*>(end) - *reinterpret_cast<Clock::time_point*>(start);
+  return *milliseconds = std::chrono::duration<float, std::milli>(elapsed).count(), cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;

@@ -331,7 +331,22 @@ def simulated_ops():
         library.define(str(getattr(ops, name).default._schema).removeprefix("peftkern::"))
     torch.ops.load_library(str(glue))
     simulated_ops.library = library  # its definitions live as long as it does
+    simulated_ops.glue = ctypes.CDLL(str(glue))
     return torch.ops.peftkern_simulated
+
+
+@contextmanager
+def autotune_on(capturing: bool) -> Iterator[None]:
+    """The simulated ops time the ways to make their products, and a CUDA graph is being captured, or not."""
+    simulated_ops()
+    set_autotune = simulated_ops.glue._ZN8peftkern12set_autotuneEb
+    host_library().cudart_set_capturing(ctypes.c_bool(capturing))
+    set_autotune(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        set_autotune(ctypes.c_bool(False))
+        host_library().cudart_set_capturing(ctypes.c_bool(False))
 
 
 @contextmanager
