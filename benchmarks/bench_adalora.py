@@ -133,7 +133,7 @@ def test_step_against_peft(compare, base, batches):
     compare(
         f"AdaLoRA step, SmolLM2-135M, {BATCH}x{LENGTH}, bf16, r=12",
         {"peftkern": ours(base, batches).step, "HF PEFT": theirs(base, batches).step},
-        seconds=30.0, rounds=(5, 12),
+        seconds=20.0, rounds=(4, 12),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import peftkern  # noqa: E402
 from peftkern.finetune import FinetuneError, Interrupted, Options, data, files, run  # noqa: E402
 from peftkern.finetune import cli as finetune_cli  # noqa: E402
 from peftkern.finetune import model as finetune_model  # noqa: E402
+from peftkern.finetune import report as finetune_report  # noqa: E402
 from peftkern.finetune import train as finetune_train  # noqa: E402
 
 CHAT_TEMPLATE = (
@@ -292,7 +293,11 @@ BAD_ARGUMENTS = [
     (dict(seed=-1), "--seed: .*got -1"),
     (dict(threads=0), "--threads: .*got 0"),
     (dict(save_steps=0), "--save-steps: .*got 0"),
-    (dict(method="qalora"), "--method: expected one of lora, qlora, got 'qalora'"),
+    (dict(method="qalora"), "--method: expected one of lora, qlora, adalora, qadalora, got 'qalora'"),
+    (dict(method="adalora", init_rank=0), "--init-rank: expected a whole number >= 1, got 0"),
+    (dict(method="adalora", delta_t=0), "--delta-t: expected a whole number >= 1, got 0"),
+    (dict(method="adalora", t_final=-1), "--t-final: expected a whole number >= 0, got -1"),
+    (dict(method="adalora", orth_weight=-0.5), "--orth-weight: expected a number >= 0, got -0.5"),
     (dict(dtype="fp16"), "--dtype: expected one of bf16, fp32, got 'fp16'"),
     (dict(block_size_nf4=48), "--block-size-nf4: expected one of 32, .*got 48"),
     (dict(targets=" , "), "--targets: expected all-linear or a comma-separated list"),
@@ -410,7 +415,7 @@ def test_saved_adapter_opens_in_hugging_face_peft(tiny, tmp_path):
     run(settings)
     base = AutoModelForCausalLM.from_pretrained(tiny)
     theirs = peft.PeftModel.from_pretrained(base, Path(settings.output) / "adapter").eval()
-    ours = finetune_model.adapt(AutoModelForCausalLM.from_pretrained(tiny), settings.checked())
+    ours = finetune_model.adapt(AutoModelForCausalLM.from_pretrained(tiny), settings.checked(), 8)
     peftkern.load_adapter(ours, str(Path(settings.output) / "adapter"))
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -571,16 +576,16 @@ def test_resume_needs_the_same_settings_and_data(tiny, tmp_path, monkeypatch):
 def test_full_disk_while_saving_keeps_the_earlier_checkpoint(tiny, tmp_path, monkeypatch):
     settings, original, saved = options(tiny, tmp_path, save_steps=2), peftkern.save_adapter, []
 
-    def save_adapter(model, folder):
-        original(model, folder)
+    def save_adapter(model, folder, **options):
+        original(model, folder, **options)
         saved.append(folder)
         if len(saved) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def full_at_the_end(model, folder):
+    def full_at_the_end(model, folder, **options):
         if Path(folder).name == "adapter":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(model, folder)
+        original(model, folder, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(peftkern, "save_adapter", save_adapter)
@@ -662,3 +667,59 @@ def test_default_run_lowers_the_held_out_loss_by_a_tenth(tmp_path):
     assert summary["held_out"]["change_percent"] <= -10
     assert summary["size"]["base_bits_per_parameter"] <= 4.13
     assert summary["reload_check"]["passed"]
+
+
+# -------------------------------------------------------------------------------------------------------- AdaLoRA
+
+
+@pytest.mark.parametrize("changes", [dict(method="adalora"), dict(method="qadalora", grad_accum=2, delta_t=2)])
+def test_adalora_end_to_end(tiny, tmp_path, changes):
+    settings = options(tiny, tmp_path, steps=12, rank=3, t_init=2, t_final=4, **changes)
+    report = run(settings)
+    ranks = report["ranks"]
+    assert len(ranks) == 14 and sum(ranks.values()) == 14 * 3 and len(set(ranks.values())) > 1
+    assert report["reload_check"] == {"max_abs_difference": 0.0, "passed": True}
+    log = [json.loads(line) for line in (Path(settings.output) / "train_log.jsonl").read_text().splitlines()]
+    budgets = [entry["budget"] for entry in log]
+    assert budgets[:2] == [14 * 5] * 2 and budgets[7:] == [14 * 3] * 5
+    assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) > 4
+    assert (Path(settings.output) / "ranks.png").stat().st_size > 5000
+    written = json.loads((Path(settings.output) / "adapter" / "adapter_config.json").read_text())
+    assert {name.removesuffix(".lora_E"): sum(p) for name, p in written["rank_pattern"].items()} == ranks
+    assert written["peft_type"] == "ADALORA" and report["settings"]["alpha"] == 10.0
+
+
+@pytest.mark.parametrize("at", [3, 6, 10])
+def test_adalora_resumes_exactly(tiny, tmp_path, monkeypatch, at):
+    from dataclasses import replace
+
+    from safetensors.torch import load_file
+
+    changes = dict(method="adalora", steps=12, rank=3, t_init=2, t_final=4, save_steps=100, dropout=0.1)
+    whole = options(tiny, tmp_path, **changes)
+    report = run(whole)
+    part = options(tiny, tmp_path, output=str(tmp_path / "part"), data=whole.data, **changes)
+    interrupt_at(monkeypatch, at)
+    with pytest.raises(Interrupted):
+        run(part)
+    assert len(losses(part.output)) == at
+    monkeypatch.undo()
+    resumed = run(replace(part, resume=True))
+    assert losses(part.output) == losses(whole.output) and resumed["ranks"] == report["ranks"]
+    tensors = [load_file(Path(o) / "adapter" / "adapter_model.safetensors") for o in (part.output, whole.output)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+
+
+def test_adalora_schedule_that_does_not_fit(tiny, tmp_path):
+    with pytest.raises(
+        FinetuneError, match=r"--t-init and --t-final: expected less than the 8 steps together, got 3 \+ 5"
+    ):
+        run(options(tiny, tmp_path, method="adalora", t_init=3, t_final=5))
+
+
+def test_ranks_are_laid_out_by_layer_and_module():
+    ranks = {"model.layers.10.mlp.up": 3, "model.layers.2.mlp.up": 1, "model.layers.2.attn.q": 2, "head": 5}
+    kinds, layers, grid = finetune_report.rank_grid(ranks)
+    assert kinds == ["mlp.up", "attn.q", "head"] and layers == ["2", "10", "-"]
+    cells = [[None if math.isnan(v) else v for v in row] for row in grid]
+    assert cells == [[1, 3, None], [2, None, None], [None, None, 5]]

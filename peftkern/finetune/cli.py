@@ -33,9 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data", ".txt, or .jsonl of {text}, {prompt, completion} or {messages} (default: Python's language reference)"
     )
-    add("--method", "16/32-bit base, or 4-bit NF4 base (default: %(default)s)", choices=METHODS)
-    add("--rank", "rank of the adapters (default: %(default)s)", type=int)
-    add("--alpha", "adapters are scaled by alpha / rank (default: 2 * rank)", type=float)
+    add(
+        "--method",
+        "lora over a 16/32-bit base, qlora over a 4-bit NF4 one; adalora and qadalora find out what rank each layer "
+        "needs (default: %(default)s)",
+        choices=METHODS,
+    )
+    add("--rank", "rank of the adapters, with AdaLoRA their mean rank at the end (default: %(default)s)", type=int)
+    add(
+        "--alpha",
+        "adapters are scaled by alpha / rank, AdaLoRA's by alpha / init-rank (default: twice that)",
+        type=float,
+    )
+    add("--init-rank", "AdaLoRA: rank of every layer at the start (default: 1.5 * rank)", type=int)
+    add("--orth-weight", "AdaLoRA: weight of the orthogonality term (default: %(default)s)", type=float)
+    add("--t-init", "AdaLoRA: steps before the ranks fall (default: a tenth of all steps)", type=int)
+    add("--t-final", "AdaLoRA: last steps, with the final ranks (default: three tenths of all steps)", type=int)
+    add("--delta-t", "AdaLoRA: steps between two allocations (default: %(default)s)", type=int)
     add("--dropout", "dropout on the adapters' input (default: %(default)s)", type=float)
     add("--targets", "comma-separated names of the linear layers to adapt (default: %(default)s)")
     add(

@@ -39,6 +39,7 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
     import transformers
 
     import peftkern
+    from peftkern.rank_allocator import adalora_layers
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -61,17 +62,14 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
     dataset = data.build_dataset(training_part, tokenizer, options.seq_len, "training")
     held_out = data.build_dataset(held_out_part, tokenizer, options.seq_len, "held-out")
     _say_data(say, corpus, dataset, held_out, options)
-    identity = {
-        **options.identity(),
-        "data_fingerprint": corpus.fingerprint(),
-        "total_steps": options.total_steps(len(dataset)),
-    }
+    steps = options.total_steps(len(dataset))
+    identity = {**options.identity(), "data_fingerprint": corpus.fingerprint(), "total_steps": steps}
     if checkpoint is not None:
         _check_same_run(output, identity)
 
     model = models.load_base(source, options.dtype, device)
     models.check_seq_len(model, options)
-    model = models.adapt(model, options)
+    model = models.adapt(model, options, steps)
     size = models.describe_size(model, options)
     if checkpoint is None:  # everything that can be wrong with the input was looked at: the old run may go
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -93,13 +91,14 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
     peak = report.peak_memory_bytes()
     after, sample_after = measure(model)
 
+    ranks = {name: layer.r for name, layer in adalora_layers(model).items()}
     adapter = output / "adapter"
     _save_adapter(model, adapter)
     batch = collate(held_out.examples[: options.batch_size])
     expected = _logits(model, batch)
     del model
     say("reloading the saved adapter into a fresh base model")
-    difference = (expected - _reloaded_logits(source, options, device, adapter, batch)).abs().max().item()
+    difference = (expected - _reloaded_logits(source, options, steps, device, adapter, batch)).abs().max().item()
 
     text_prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     summary: dict[str, Any] = {
@@ -124,6 +123,7 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
             "last_loss": result.history[-1]["loss"],
             "resumed_from": None if checkpoint is None else str(checkpoint),
         },
+        "ranks": ranks,
         "samples": {"prompt": text_prompt, "before": sample_before, "after": sample_after},
         "reload_check": {
             "max_abs_difference": difference,
@@ -144,6 +144,9 @@ def _run(options: Options, console: Console, stop: StopRequest) -> dict[str, Any
         },
     }
     report.plot_loss(output / "loss.png", summary, result.history)
+    if ranks:
+        summary["files"]["ranks"] = str(output / "ranks.png")
+        report.plot_ranks(output / "ranks.png", summary)
     report.write_report(output / "report.json", summary)
     _note_run(output, identity, finished=True)
     report.print_report(console, summary)
@@ -219,10 +222,11 @@ def _save_adapter(model: Any, folder: Path) -> None:
 
 
 def _reloaded_logits(
-    source: models.ModelSource, options: Options, device: torch.device, adapter: Path, batch: dict[str, torch.Tensor]
-) -> torch.Tensor:
+    source: models.ModelSource, options: Options, steps: int, device: torch.device, adapter: Path,
+    batch: dict[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
     import peftkern
 
-    fresh = models.adapt(models.load_base(source, options.dtype, device), options)
+    fresh = models.adapt(models.load_base(source, options.dtype, device), options, steps)
     peftkern.load_adapter(fresh, adapter)
     return _logits(fresh, batch)

@@ -109,22 +109,30 @@ def load_base(source: ModelSource, dtype: str | None, device: torch.device) -> A
     return model.eval().requires_grad_(False)
 
 
-def adapt(model: Any, options: Options) -> Any:
-    """Put LoRA adapters (fp32, over an NF4 base for qlora) around the targeted linear layers."""
+def adapt(model: Any, options: Options, steps: int) -> Any:
+    """Put adapters (fp32, over an NF4 base for qlora and qadalora) around the targeted linear layers. steps: of the
+    run, for AdaLoRA's schedule."""
     import peftkern
 
     check_targets(model, options)
     torch.manual_seed(options.seed)  # the adapters' start values
-    config = peftkern.LoraConfig(
-        r=options.rank,
-        lora_alpha=cast(float, options.alpha),  # Options.checked() filled it in
-        lora_dropout=options.dropout,
-        target_modules=options.target_names(),
-    )
+    shared: dict[str, Any] = {
+        "lora_alpha": cast(float, options.alpha),  # Options.checked() filled it in
+        "lora_dropout": options.dropout,
+        "target_modules": options.target_names(),
+    }
     quantize = None
-    if options.method == "qlora":
+    if options.quantized:
         quantize = peftkern.NF4Config(block_size=options.block_size_nf4, double_quant=options.double_quant)
+    t_init, t_final = options.schedule(steps)
     try:
+        if options.adaptive:
+            config: Any = peftkern.AdaLoraConfig(
+                init_r=cast(int, options.init_rank), target_r=options.rank, total_step=steps, tinit=t_init,
+                tfinal=t_final, deltaT=options.delta_t, orth_reg_weight=options.orth_weight, **shared,
+            )  # fmt: skip
+        else:
+            config = peftkern.LoraConfig(r=options.rank, **shared)
         model = peftkern.adapt(model, config, quantize=quantize)
     except ValueError as error:  # no layer matches, or a weight that cannot be quantized
         raise FinetuneError(f"--targets {options.targets}, --method {options.method}: {error}") from error
@@ -148,15 +156,16 @@ def check_targets(model: Any, options: Options) -> None:
 def describe_size(model: Any, options: Options) -> dict[str, Any]:
     """Counts of parameters and bytes, and the bits that a frozen weight of the adapted layers takes with its scales."""
     import peftkern
+    from peftkern.modules import AdaptedLinear
 
     footprint = peftkern.memory_footprint(model)
-    adapted = [module for module in model.modules() if isinstance(module, peftkern.LoRALinear)]
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     dense_bits = 8.0 * _DTYPES[options.dtype].itemsize
     return {
         "adapted_layers": len(adapted),
         "adapted_weights": sum(layer.in_features * layer.out_features for layer in adapted),
         "trainable_parameters": sum(parameter.numel() for parameter in peftkern.trainable_parameters(model)),
-        "base_bits_per_parameter": footprint["bits_per_param"] if options.method == "qlora" else dense_bits,
+        "base_bits_per_parameter": footprint["bits_per_param"] if options.quantized else dense_bits,
         "bytes": footprint,
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..ops.nf4 import BLOCK_SIZES
 from .errors import FinetuneError
 
-METHODS = ("lora", "qlora")
+METHODS = ("lora", "qlora", "adalora", "qadalora")
 DTYPES = ("bf16", "fp32")
 DEFAULT_STEPS = 40
 
@@ -31,6 +31,11 @@ class Options:
     alpha: float | None = None
     dropout: float = 0.05
     targets: str = "all-linear"
+    init_rank: int | None = None
+    orth_weight: float = 0.5
+    t_init: int | None = None
+    t_final: int | None = None
+    delta_t: int = 1
     block_size_nf4: int = 64
     double_quant: bool = True
     steps: int | None = None
@@ -53,12 +58,15 @@ class Options:
 
     def checked(self) -> Options:
         """Check every value, and fill in those that follow from others (`alpha`, `dtype`)."""
-        for name in ("rank", "batch_size", "grad_accum", "eval_limit"):
+        for name in ("rank", "batch_size", "grad_accum", "eval_limit", "delta_t"):
             self._require(name, getattr(self, name) >= 1, "a whole number >= 1")
         self._require("seq_len", self.seq_len >= 8, "a whole number >= 8")
         self._require("seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2**32 - 1")
-        for name in ("steps", "threads", "save_steps"):
+        for name in ("steps", "threads", "save_steps", "init_rank"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "a whole number >= 1")
+        for name in ("t_init", "t_final"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 0, "a whole number >= 0")
+        self._require("orth_weight", 0 <= self.orth_weight < math.inf, "a number >= 0")
         for name in ("alpha", "epochs"):
             value = getattr(self, name)
             self._require(name, value is None or (value > 0 and math.isfinite(value)), "a number > 0")
@@ -79,11 +87,33 @@ class Options:
             )
         if self.resume and self.overwrite:
             raise FinetuneError("--overwrite: expected only one of --resume and --overwrite, got both")
+        init_rank = math.ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
         return replace(
             self,
-            alpha=float(2 * self.rank if self.alpha is None else self.alpha),
+            init_rank=init_rank,
+            alpha=float(2 * (init_rank if self.adaptive else self.rank) if self.alpha is None else self.alpha),
             dtype=self.dtype or default_dtype(),
         )
+
+    @property
+    def quantized(self) -> bool:
+        """Is the base in NF4?"""
+        return self.method in ("qlora", "qadalora")
+
+    @property
+    def adaptive(self) -> bool:
+        """Does a RankAllocator decide the ranks?"""
+        return self.method in ("adalora", "qadalora")
+
+    def schedule(self, steps: int) -> tuple[int, int]:
+        """AdaLoRA's (tinit, tfinal) of a run of so many steps: a tenth and three tenths unless given."""
+        t_init = steps // 10 if self.t_init is None else self.t_init
+        t_final = 3 * steps // 10 if self.t_final is None else self.t_final
+        if self.adaptive and t_init + t_final >= steps:
+            raise FinetuneError(
+                f"--t-init and --t-final: expected less than the {steps} steps together, got {t_init} + {t_final}"
+            )
+        return t_init, t_final
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:

@@ -63,6 +63,47 @@ def plot_loss(path: Path, report: dict[str, Any], history: list[dict[str, float]
     pyplot.close(figure)
 
 
+def rank_grid(ranks: dict[str, int]) -> tuple[list[str], list[str], list[list[float]]]:
+    """(kinds of module, layers, rank of each kind in each layer, nan where there is none): a name is split at its first
+    number, which is that of the layer."""
+    cells: dict[tuple[str, str], int] = {}
+    for name, rank in ranks.items():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        layer, kind = ("-", parts) if number is None else (parts[number], parts[number + 1 :] or parts[:number])
+        cells[".".join(kind), layer] = rank
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (not layer.isdigit(), layer.zfill(6)))
+    return kinds, layers, [[cells.get((kind, layer), float("nan")) for layer in layers] for kind in kinds]
+
+
+def plot_ranks(path: Path, report: dict[str, Any]) -> None:
+    """Draw AdaLoRA's final ranks as a heat map, layer by module."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds, layers, grid = rank_grid(report["ranks"])
+    size = (max(4.0, 2.6 + 0.32 * len(layers)), max(2.2, 1.3 + 0.36 * len(kinds)))
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    top = report["settings"]["init_rank"]
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    for y, row in enumerate(grid):
+        for x, rank in enumerate(row):
+            if rank == rank:
+                color = "black" if rank > 0.6 * top else "white"
+                axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("layer")
+    axes.set_title(f"final ranks, {sum(report['ranks'].values())} in {len(report['ranks'])} layers", color=_FOREGROUND)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="rank")
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
+
+
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `report.json`."""
     files.write_atomic(path, json.dumps(report, indent=2) + "\n")
@@ -87,6 +128,12 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = report["held_out"]["before"], report["held_out"]["after"]
     exact = "logits equal, bit for bit" if check["max_abs_difference"] == 0 else "logits equal within the tolerance"
     verdict = exact if check["passed"] else "FAILED: logits differ"
+    ranks = sorted(report["ranks"].values())
+    spread = (
+        [("ranks at the end", f"{ranks[0]} to {ranks[-1]}, {sum(ranks)} in all, see {report['files']['ranks']}")]
+        if ranks
+        else []
+    )
     return [
         (
             "method",
@@ -107,6 +154,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{before['loss']:.4f} -> {after['loss']:.4f} ({report['held_out']['change_percent']:+.1f}%)",
         ),
         ("held-out perplexity", f"{before['perplexity']:.2f} -> {after['perplexity']:.2f}"),
+        *spread,
         ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB ({report['device']})"),
         ("adapter reload check", f"{verdict} (max abs difference {check['max_abs_difference']:g})"),
         ("total time", f"{report['total_seconds']:.0f} s"),

@@ -28,6 +28,7 @@ from .options import Options
 
 KEPT_CHECKPOINTS = 2  # the newest, and one to fall back to if it turns out damaged
 TRAINER_STATE = "trainer_state.json"
+ALLOCATOR_STATE = "rank_allocator.pt"
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -222,6 +223,39 @@ class AdapterTrainer(Trainer):
         self.checkpoint_folder = checkpoint_folder
         self.meter = meter
         self.last_checkpoint: Path | None = None
+        self.allocator: Any = None  # of AdaLoRA's ranks
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        import peftkern
+
+        optimizer = super().create_optimizer(*args, **kwargs)
+        config = getattr(self.model, "peftkern_config", None)
+        if self.allocator is None and isinstance(config, peftkern.AdaLoraConfig):
+            self.allocator = peftkern.RankAllocator(
+                cast(torch.nn.Module, self.model), config, self.optimizer, prune="final"
+            )
+        return optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With AdaLoRA the orthogonality term's gradient, but not its value: the log stays that of the text."""
+        import peftkern
+
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.allocator is None or not model.training:
+            return result
+        weight = self.allocator.config.orth_reg_weight
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # else the Trainer divides
+            weight /= self.current_gradient_accumulation_steps
+        term = weight * peftkern.orthogonality(cast(torch.nn.Module, self.model))
+        term = term - term.detach()
+        return (result[0] + term, result[1]) if return_outputs else result + term
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.allocator is not None and "loss" in logs:
+            logs["budget"] = self.allocator.budget
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.meter.add(int(inputs["attention_mask"].sum()))
@@ -230,7 +264,18 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         import peftkern
 
-        peftkern.save_adapter(cast(torch.nn.Module, self.model), output_dir or str(self.args.output_dir))
+        model = cast(torch.nn.Module, self.model)
+        peftkern.save_adapter(model, output_dir or str(self.args.output_dir), drop_masked=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.allocator is not None:
+            torch.save(self.allocator.state_dict(), Path(output_dir) / ALLOCATOR_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.allocator is not None and checkpoint is not None:
+            self.allocator.load_state_dict(torch.load(Path(checkpoint) / ALLOCATOR_STATE, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         import peftkern
