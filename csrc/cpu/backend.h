@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU as csrc/adapted_linear.h and csrc/nf4_ops.h see it. CudaBackend has the same members.
 #pragma once
+#include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../nf4.h"
 #include "../rank_allocation.h"
@@ -28,6 +29,8 @@ class CpuBackend {
   void nf4_few_rows(const Nf4FewRows&) const;
   void quantize_absmax(const QuantizeAbsmax&) const;
   void dequantize_absmax(const DequantizeAbsmax&) const;
+
+  void jacobi_svd(const JacobiSvd&) const;
 
   static constexpr int64_t kScoreParts = 0;  // one thread sums a column of B
   void update_importance(const ImportanceUpdate&) const;

@@ -13,6 +13,7 @@ namespace peftkern::cpu {
 namespace avx2 {
 #include "vec/avx2.h"
 
+#include "kernels/jacobi_svd.inl"
 #include "kernels/low_rank.inl"
 #include "kernels/nf4.inl"
 #include "kernels/rank_allocation.inl"
@@ -20,9 +21,9 @@ namespace avx2 {
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static const KernelTable table{"avx2",        padded_rank,   pack_down,        pack_up,      low_rank_down,
-                                 low_rank_up,   low_rank_grad, column_sums,      quantize_nf4, dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  update_importance};
+  static const KernelTable table{"avx2",        padded_rank,   pack_down,         pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums,       quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  update_importance, jacobi_svd};
   return table;
 }
 

@@ -13,6 +13,7 @@ namespace peftkern::cpu {
 namespace avx512 {
 #include "vec/avx512.h"
 
+#include "kernels/jacobi_svd.inl"
 #include "kernels/low_rank.inl"
 #include "kernels/nf4.inl"
 #include "kernels/rank_allocation.inl"
@@ -20,9 +21,9 @@ namespace avx512 {
 
 const KernelTable& avx512_kernels() {
   using namespace avx512;
-  static const KernelTable table{"avx512",      padded_rank,   pack_down,        pack_up,      low_rank_down,
-                                 low_rank_up,   low_rank_grad, column_sums,      quantize_nf4, dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  update_importance};
+  static const KernelTable table{"avx512",      padded_rank,   pack_down,         pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums,       quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  update_importance, jacobi_svd};
   return table;
 }
 

@@ -14,6 +14,7 @@ namespace peftkern::cpu {
 namespace avx512bf16 {
 #include "vec/avx512.h"
 
+#include "kernels/jacobi_svd.inl"
 #include "kernels/low_rank.inl"
 #include "kernels/low_rank_bf16.inl"
 #include "kernels/nf4.inl"
@@ -22,9 +23,9 @@ namespace avx512bf16 {
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static const KernelTable table{"avx512bf16",  padded_rank,   pack_down_bf16,   pack_up,      low_rank_down_bf16,
-                                 low_rank_up,   low_rank_grad, column_sums,      quantize_nf4, dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  update_importance};
+  static const KernelTable table{"avx512bf16",  padded_rank,   pack_down_bf16,    pack_up,      low_rank_down_bf16,
+                                 low_rank_up,   low_rank_grad, column_sums,       quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  update_importance, jacobi_svd};
   return table;
 }
 

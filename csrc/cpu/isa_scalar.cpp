@@ -7,6 +7,7 @@ namespace peftkern::cpu {
 namespace scalar {
 #include "vec/scalar.h"
 
+#include "kernels/jacobi_svd.inl"
 #include "kernels/low_rank.inl"
 #include "kernels/nf4.inl"
 #include "kernels/rank_allocation.inl"
@@ -14,9 +15,9 @@ namespace scalar {
 
 const KernelTable& scalar_kernels() {
   using namespace scalar;
-  static const KernelTable table{"scalar",      padded_rank,   pack_down,        pack_up,      low_rank_down,
-                                 low_rank_up,   low_rank_grad, column_sums,      quantize_nf4, dequantize_nf4,
-                                 pack_few_rows, nf4_few_rows,  update_importance};
+  static const KernelTable table{"scalar",      padded_rank,   pack_down,         pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums,       quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  update_importance, jacobi_svd};
   return table;
 }
 

@@ -53,6 +53,8 @@ class CudaBackend {
     check(launch_dequantize_absmax(args, stream_), "dequantize_absmax");
   }
 
+  void jacobi_svd(const JacobiSvd& args) const { check(launch_jacobi_svd(args, stream_), "jacobi_svd"); }
+
  private:
   // STD_CUDA_CHECK would need libtorch_cuda, see above.
   static void check(cudaError_t error, const char* op) {
