@@ -3,6 +3,7 @@
 
 from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_io import load_adapter, save_adapter
+from .compress import Compression, compress
 from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
 from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaLoRALinear",
     "AdaLoraConfig",
+    "Compression",
     "LoRALinear",
     "LoraConfig",
     "NF4Config",
@@ -23,6 +25,7 @@ __all__ = [
     "RankAllocator",
     "adapt",
     "adapted_linear",
+    "compress",
     "cpu_isa",
     "dequantize_nf4",
     "empty_cpu_cache",

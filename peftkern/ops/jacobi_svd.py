@@ -19,7 +19,7 @@ def jacobi_svd(matrices: Tensor) -> tuple[Tensor, Tensor]:
     matrices: float64 [..., n, n], n <= 1024, need not be contiguous. U: [..., n, n], orthonormal columns; S: [..., n],
     descending. A singular value below 2^-200 of the largest is 0 and its column of U is 0 too. Singular values are
     relatively accurate, small ones too, where the columns scaled to norm 1 are well-conditioned (Demmel and Veselic
-    1992); LAPACK's are accurate relative to the largest. V = matrix^T U / S.
+    1992); of other matrices relative to the largest, as LAPACK's are. V = matrix^T U / S.
 
     Raises RuntimeError for a wrong dtype or shape, and for NaN or infinity.
 
