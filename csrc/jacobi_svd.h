@@ -41,8 +41,9 @@ PEFTKERN_HOST_DEVICE double jacobi_tolerance(int64_t n) { return 0x1p-52 * stati
 // of a round are all different; second == n is a bye.
 PEFTKERN_HOST_DEVICE void jacobi_pair(int64_t n, int64_t round, int64_t pair, int64_t& first, int64_t& second) {
   const int64_t others = n + n % 2 - 1;  // players that move
-  const int64_t p = pair == 0 ? 0 : 1 + (round + pair) % others;
-  const int64_t q = 1 + (round + others - pair) % others;
+  const int64_t up = round + pair, down = round - pair;
+  const int64_t p = pair == 0 ? 0 : 1 + (up < others ? up : up - others);
+  const int64_t q = 1 + (down < 0 ? down + others : down);
   first = p < q ? p : q;
   second = p < q ? q : p;
 }

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_close
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, QuantizeNf4
+from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, QuantizeNf4
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -31,6 +31,7 @@ from samples import NF4_SAMPLES, SAMPLES
 
 import peftkern
 from peftkern import reference
+from peftkern.ops import jacobi_svd
 
 pytestmark = pytest.mark.slow
 
@@ -189,8 +190,10 @@ def test_quantize_a_block_below_the_smallest_divisor():
 # ---- the launchers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64)])
-def test_bad_block_size_is_refused(args):
+@pytest.mark.parametrize(
+    "args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64), JacobiSvd(batch=1, n=1025)]
+)
+def test_bad_sizes_are_refused(args):
     op = next(op for op, struct in OPS.items() if isinstance(args, struct))
     recorder = Recorder()
     with recorder.active():
@@ -283,6 +286,18 @@ def test_nf4_on_simulated_kernels(sample):
         a, b = getattr(got, part), getattr(expected, part)
         assert (a is None and b is None) or (a.equal(b) and a.shape == b.shape), part
     assert values.equal(peftkern.dequantize_nf4(expected))
+
+
+@pytest.mark.parametrize("n", [1, 7, 24])
+def test_jacobi_svd_on_simulated_kernels(n):
+    """The singular values of the CPU, each relatively accurate, though the columns are graded down to 1e-12."""
+    matrices = torch.randn(2, n, n, dtype=torch.float64) * torch.logspace(0, -12, n, dtype=torch.float64)
+    U, S = jacobi_svd(matrices)
+    with package_on(Device("sm_80", host_memory=True), [matrices]):
+        got_U, got_S = jacobi_svd(matrices)
+    assert ((got_S - S).abs() / S).max() < 1e-13
+    signs = (got_U * U).sum(-2, keepdim=True).sign()
+    assert (got_U * signs - U).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("layer_class", [peftkern.LoRALinear, peftkern.QLoRALinear])

@@ -163,6 +163,15 @@ class DequantizeAbsmax(ctypes.Structure):
         yield Operand("absmax", self.n * 4, WRITE)
 
 
+class JacobiSvd(ctypes.Structure):
+    _fields_ = [("vectors", c_void_p), ("values", c_void_p), ("sweeps", c_void_p), ("batch", c_int64), ("n", c_int64)]
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("vectors", self.batch * self.n * self.n * 8, UPDATE)
+        yield Operand("values", self.batch * self.n * 8, WRITE)
+        yield Operand("sweeps", self.batch * 4, WRITE)
+
+
 OPS: dict[str, type[ctypes.Structure]] = {
     "low_rank_down": LowRankDown,
     "low_rank_up": LowRankUp,
@@ -172,6 +181,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "dequantize_nf4": DequantizeNf4,
     "quantize_absmax": QuantizeAbsmax,
     "dequantize_absmax": DequantizeAbsmax,
+    "jacobi_svd": JacobiSvd,
 }
 """launch_<op> of csrc/cuda/kernels.h and the struct it takes."""
 

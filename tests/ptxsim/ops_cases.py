@@ -30,6 +30,7 @@ from .ops import (
     DequantizeNf4,
     Dropout,
     Factor,
+    JacobiSvd,
     LowRankDown,
     LowRankGrad,
     LowRankUp,
@@ -40,6 +41,9 @@ from .ops import (
 DTYPES = (F32, BF16, F16)
 TORCH_DTYPE = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16}
 SEED = -0x6DCBA9876F543211  # both halves are used, and the sign bit is set
+
+UPDATED_IN_PLACE = ("y", "vectors")
+"""Writing another operand that a case places is reported."""
 
 SUM_TOLERANCE = 2e-6
 """Error of an fp32 sum relative to the sum of its terms' magnitudes; 3e-7 is the largest these cases show."""
@@ -62,7 +66,7 @@ class Problem:
         """Device memory that holds values, `misaligned` elements after an aligned address. Returns the pointer."""
         data = as_bytes(values).numpy()
         lead = np.full(misaligned * values.element_size(), 0xFF, np.uint8)  # NaN in every dtype
-        writable = name == "y"  # the one operand that is updated in place; writing another one is reported
+        writable = name in UPDATED_IN_PLACE
         self.buffers[name] = buffer(np.concatenate([lead, data]), name=name, writable=writable)
         self.offsets[name] = lead.size
         self.inputs[name] = self.buffers[name].numpy(np.uint8).tobytes()
@@ -391,6 +395,52 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
+# ---- the Jacobi SVD --------------------------------------------------------------------------------------------------
+
+
+def _jacobi_svd(n, batch=1, kind="random") -> Problem:
+    """kind "nearly": a sweep or two are enough; "low rank": half the columns depend on the others; "graded": columns
+    from 1 down to 1e-12; "nan": does not converge."""
+    problem = Problem()
+    matrices = torch.rand(batch, n, n, dtype=torch.float64) * 2 - 1
+    if kind == "nearly":
+        matrices = torch.diag(torch.linspace(0.9, 0.1, n, dtype=torch.float64)) + 1e-9 * matrices
+    elif kind == "low rank":
+        matrices[..., n // 2 :] = matrices[..., : n - n // 2]
+    elif kind == "graded":
+        matrices *= torch.logspace(0, -12, n, dtype=torch.float64)
+    elif kind == "zero":
+        matrices *= 0
+    elif kind == "nan":
+        matrices[:, 0, 0] = float("nan")
+    problem.args = JacobiSvd(
+        vectors=problem.place("vectors", matrices.mT), values=problem.reserve("values", batch * n, torch.float64),
+        sweeps=problem.reserve("sweeps", batch, torch.int32), batch=batch, n=n,
+    )  # fmt: skip
+
+    def check() -> None:
+        sweeps = problem.result("sweeps", torch.int32)
+        if kind == "nan":
+            assert (sweeps == 61).all(), sweeps
+            return
+        assert (sweeps >= 1).all() and (sweeps <= (3 if kind == "nearly" else 15)).all(), sweeps
+        if not n * batch:
+            return
+        values = problem.result("values", torch.float64, batch, n)
+        vectors = problem.result("vectors", torch.float64, batch, n, n)
+        for matrix, U, S in zip(matrices, vectors.mT, values, strict=True):
+            expected = torch.linalg.svdvals(matrix)
+            limit = 8 * n * torch.finfo(torch.float64).eps * expected[0]
+            assert ((S.sort(descending=True).values - expected).abs() <= limit).all(), "jacobi_svd values"
+            kept = U[:, limit < S]  # a column that is rounding has a direction that is rounding
+            assert ((kept.mT @ kept - torch.eye(kept.shape[1])).abs() <= 1e-13).all(), "jacobi_svd vectors"
+            rows = U.mT @ matrix  # S V^T
+            assert ((rows @ rows.mT - torch.diag(S**2)).abs() <= 4 * limit * expected[0]).all(), "jacobi_svd rows"
+
+    problem.check = check
+    return problem
+
+
 _BUILDERS = {op: globals()[f"_{op}"] for op in OPS}
 
 
@@ -460,7 +510,17 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
-CASES = [*_low_rank_cases(), *_nf4_cases()]
+def _jacobi_cases():
+    for n in (0, 1, 2, 3, 5, 8, 16, 17, 33, 36):  # a bye, more columns than lanes, more pairs than warps
+        yield case("jacobi_svd", n=n, batch=2)
+    for kind in ("low rank", "graded", "zero", "nan"):
+        yield case("jacobi_svd", n=9, kind=kind)
+    yield case("jacobi_svd", n=4, batch=0)
+    for n in (96, 97):  # the last in shared memory, the first in global memory
+        yield case("jacobi_svd", n=n, kind="nearly")
+
+
+CASES = [*_low_rank_cases(), *_nf4_cases(), *_jacobi_cases()]
 
 SCHEDULED = [
     case("low_rank_down", rows=33, columns=136, rank=5, x=F32, factor=BF16, rank_major=False, p=0.2),
@@ -474,5 +534,6 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
+    case("jacobi_svd", n=9, batch=2),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""

@@ -51,9 +51,10 @@ void jacobi_svd(const JacobiSvd& a, double* scratch, int64_t matrix0, int64_t ma
     double* vectors = a.vectors + m * n * n;
     for (int64_t j = 0; j < n; ++j)
       for (int64_t i = 0; i < ld; ++i) columns[j * ld + i] = i < n ? vectors[j * n + i] : 0.0;
-    int32_t sweep = 1;
-    while (jacobi_sweep(columns, norms, n, ld) && sweep <= kMaxJacobiSweeps) ++sweep;
-    a.sweeps[m] = sweep;
+    int32_t sweep = 0;
+    bool rotated = true;
+    for (; rotated && sweep < kMaxJacobiSweeps; ++sweep) rotated = jacobi_sweep(columns, norms, n, ld);
+    a.sweeps[m] = rotated ? sweep + 1 : sweep;
     for (int64_t j = 0; j < n; ++j) {
       const double* column = columns + j * ld;
       const double square = dot(column, column, ld), value = square <= kJacobiZero ? 0.0 : sqrt(square);
