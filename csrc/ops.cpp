@@ -68,6 +68,8 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def(
       "orthogonality_backward(Tensor grad, Tensor[] A, Tensor[] B, Tensor deviations, Tensor norms, bool squared) "
       "-> (Tensor[] dA, Tensor[] dB)");
+  // jacobi_svd
+  m.def("jacobi_svd(Tensor matrices) -> (Tensor vectors, Tensor values, Tensor sweeps)");
   // what was built, and what runs
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

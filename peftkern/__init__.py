@@ -5,6 +5,7 @@ from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_bank import AdapterBank
 from .adapter_io import load_adapter, save_adapter
 from .autotune import autotune
+from .compress import Compression, compress
 from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
 from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
@@ -27,6 +28,7 @@ __all__ = [
     "AdaLoRALinear",
     "AdaLoraConfig",
     "AdapterBank",
+    "Compression",
     "LoRALinear",
     "LoraConfig",
     "NF4Config",
@@ -38,6 +40,7 @@ __all__ = [
     "adapt",
     "adapted_linear",
     "autotune",
+    "compress",
     "cpu_isa",
     "dequantize_nf4",
     "empty_cpu_cache",

@@ -191,6 +191,19 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     return dynamic_codes()[codes.long()] * scale + offset
 
 
+# ---- truncation ------------------------------------------------------------------------------------------------------
+
+
+def truncated_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``(nearest, S)``: the matrix of at most that rank nearest to delta [out, in], and all singular values of delta.
+
+    ``||delta - nearest||_F^2`` is the sum of the squares of ``S[rank:]``, the least any matrix of that rank has
+    (Eckart and Young 1936).
+    """
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank], S
+
+
 # ---- AdaLoRA's rank allocation (Zhang et al. 2023, arXiv 2303.10512) -------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, autotune_on, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, QuantizeNf4
+from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, QuantizeNf4
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -29,10 +30,11 @@ from ptxsim.ops_cases import (
     threshold_of,
 )
 from samples import NF4_SAMPLES, SAMPLES
+from test_rank_allocation import make_layers, new_state, replace_gradients
 
 import peftkern
 from peftkern import reference
-from peftkern.ops import multi_lora
+from peftkern.ops import jacobi_svd, mask_ranks, multi_lora, orthogonality_penalty, rank_mask, update_importance
 
 pytestmark = pytest.mark.slow
 
@@ -191,8 +193,10 @@ def test_quantize_a_block_below_the_smallest_divisor():
 # ---- the launchers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64)])
-def test_bad_block_size_is_refused(args):
+@pytest.mark.parametrize(
+    "args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64), JacobiSvd(batch=1, n=1025)]
+)
+def test_bad_sizes_are_refused(args):
     op = next(op for op, struct in OPS.items() if isinstance(args, struct))
     recorder = Recorder()
     with recorder.active():
@@ -338,6 +342,64 @@ def test_nf4_on_simulated_kernels(sample):
         a, b = getattr(got, part), getattr(expected, part)
         assert (a is None and b is None) or (a.equal(b) and a.shape == b.shape), part
     assert values.equal(peftkern.dequantize_nf4(expected))
+
+
+@pytest.mark.parametrize("n", [1, 7, 24])
+def test_jacobi_svd_on_simulated_kernels(n):
+    """The singular values of the CPU, each relatively accurate, though the columns are graded down to 1e-12."""
+    matrices = torch.randn(2, n, n, dtype=torch.float64) * torch.logspace(0, -12, n, dtype=torch.float64)
+    U, S = jacobi_svd(matrices)
+    with package_on(Device("sm_80", host_memory=True), [matrices]):
+        got_U, got_S = jacobi_svd(matrices)
+    assert ((got_S - S).abs() / S).max() < 1e-13
+    signs = (got_U * U).sum(-2, keepdim=True).sign()
+    assert (got_U * signs - U).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rank_allocation_on_simulated_kernels(dtype):
+    """Two updates and a mask: averages and masks of the CPU bit for bit, scores within their sums' rounding."""
+    layers, results, scale = make_layers(dtype), [], torch.tensor([64.0])
+    for simulated in (False, True):
+        device = Device("sm_80", host_memory=True)
+        _, sensitivity, uncertainty = new_state(layers)
+        E = [e.detach().clone() for e in layers[1]]
+        for step in range(2):
+            replace_gradients(layers, step)
+            layers[0][3].grad = layers[1][1].grad = layers[2][0].grad = None
+            grads = [t.grad for group in layers for t in group if t.grad is not None]
+            tensors = [t for group in layers for t in group] + [*grads, sensitivity, uncertainty, scale]
+            with package_on(device, tensors) if simulated else nullcontext():
+                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale)
+        same_scores = results[0][2] if simulated else scores
+        with package_on(device, [same_scores]) if simulated else nullcontext():
+            masks = [rank_mask(same_scores, 70, exact) for exact in (False, True)]
+        with package_on(device, [*E, masks[0]]) if simulated else nullcontext():
+            mask_ranks(E, masks[0])
+        results.append((sensitivity, uncertainty, scores, *masks, *E))
+        assert bool(device.launched) == simulated
+    (*expected_state, expected_scores), (*state, scores) = (r[:3] for r in results)
+    assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
+    assert_close(scores, expected_scores, torch.float32, "scores")
+    assert all(torch.equal(a, b) for a, b in zip(results[1][3:], results[0][3:], strict=True))
+    assert int(results[1][3].sum()) == 70
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_orthogonality_on_simulated_kernels(dtype, squared):
+    results = []
+    for simulated in (False, True):
+        A, _, B = make_layers(dtype, grads=False)
+        device = Device("sm_80", host_memory=True)
+        with package_on(device, [*A, *B]) if simulated else nullcontext():
+            value = orthogonality_penalty(A, B, squared)
+            (value * 0.1).backward()
+        results.append((value.detach().reshape(1), *(t.grad for t in (*A, *B))))
+        assert bool(device.launched) == simulated
+    assert_close(results[1][0], results[0][0], torch.float32, "value")
+    for i, (got, expected) in enumerate(zip(results[1][1:], results[0][1:], strict=True)):
+        assert_close(got, expected, dtype, f"gradient of factor {i}")
 
 
 @pytest.mark.parametrize("layer_class", [peftkern.LoRALinear, peftkern.QLoRALinear])

@@ -4,6 +4,7 @@
 #include <functional>
 #include <string>
 
+#include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
@@ -41,6 +42,8 @@ class CpuBackend {
   void nf4_few_rows(const Nf4FewRows&) const;
   void quantize_absmax(const QuantizeAbsmax&) const;
   void dequantize_absmax(const DequantizeAbsmax&) const;
+
+  void jacobi_svd(const JacobiSvd&) const;
 
   static constexpr int64_t kScoreParts = 0;  // one thread sums a column of B
   void update_importance(const ImportanceUpdate&) const;

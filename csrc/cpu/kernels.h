@@ -2,6 +2,7 @@
 // The CPU kernels of one instruction set: raw pointers, one thread, a range of the work. cpu/<op>.cpp splits the work
 // over threads and calls kernels().f(...). Torch-free.
 #pragma once
+#include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
@@ -17,6 +18,8 @@ constexpr int64_t kRowChunk = 128;    // entries of a call of multi_lora_down: a
 constexpr int64_t kPanelDepth = 256;  // columns of a factor that multi_lora_down packs at a time
 constexpr int64_t kColumnSpan = 512;  // columns of a call of multi_lora_up
 constexpr int64_t kMaxLanes = 16;     // of any instruction set
+
+constexpr int64_t kDoubleUnit = 8;  // fp64 elements to which jacobi_svd pads a column, with zeros
 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
 // 16 weights, and a product that follows streams them from memory anyway.
@@ -58,6 +61,9 @@ struct KernelTable {
 
   // scratch: [rank, kMaxLanes + 1] of the layer with the largest rank
   void (*update_importance)(const ImportanceUpdate&, float* scratch, int64_t layer0, int64_t layer1);
+
+  // scratch: [n + 1, n rounded up to kDoubleUnit]
+  void (*jacobi_svd)(const JacobiSvd&, double* scratch, int64_t matrix0, int64_t matrix1);
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

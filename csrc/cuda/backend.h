@@ -30,6 +30,8 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
 
 class CudaBackend {
  public:
+  static constexpr int64_t kScoreParts = peftkern::kScoreParts;
+
   explicit CudaBackend(const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
 
@@ -69,6 +71,18 @@ class CudaBackend {
   }
   void dequantize_absmax(const DequantizeAbsmax& args) const {
     check(launch_dequantize_absmax(args, stream_), "dequantize_absmax");
+  }
+
+  void jacobi_svd(const JacobiSvd& args) const { check(launch_jacobi_svd(args, stream_), "jacobi_svd"); }
+
+  void update_importance(const ImportanceUpdate& args) const {
+    check(launch_update_importance(args, stream_), "update_importance_");
+  }
+  void rank_mask(const RankMask& args) const { check(launch_rank_mask(args, stream_), "rank_mask"); }
+  void mask_ranks(const MaskRanks& args) const { check(launch_mask_ranks(args, stream_), "mask_ranks_"); }
+  void orthogonality(const Orthogonality& args) const { check(launch_orthogonality(args, stream_), "orthogonality"); }
+  void orthogonality_grad(const OrthogonalityGrad& args) const {
+    check(launch_orthogonality_grad(args, stream_), "orthogonality_backward");
   }
 
  private:

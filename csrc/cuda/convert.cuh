@@ -36,4 +36,14 @@ __device__ __forceinline__ void store_as(void* base, DType dtype, int64_t index,
   }
 }
 
+// dispatch() of dtypes.h inside a kernel, for layers of different dtypes in one launch.
+template <class F>
+__device__ __forceinline__ void device_dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: f(float{}); break;
+    case DType::bf16: f(bf16_t{}); break;
+    case DType::f16: f(f16_t{}); break;
+  }
+}
+
 }  // namespace peftkern

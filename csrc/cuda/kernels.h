@@ -5,9 +5,11 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
+#include "../rank_allocation.h"
 
 namespace peftkern {
 
@@ -25,5 +27,14 @@ cudaError_t launch_quantize_nf4(const QuantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
+
+cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
+
+constexpr int64_t kScoreParts = 8;  // slabs of B's rows in ImportanceUpdate::workspace
+cudaError_t launch_update_importance(const ImportanceUpdate& args, cudaStream_t stream);
+cudaError_t launch_rank_mask(const RankMask& args, cudaStream_t stream);
+cudaError_t launch_mask_ranks(const MaskRanks& args, cudaStream_t stream);
+cudaError_t launch_orthogonality(const Orthogonality& args, cudaStream_t stream);
+cudaError_t launch_orthogonality_grad(const OrthogonalityGrad& args, cudaStream_t stream);
 
 }  // namespace peftkern

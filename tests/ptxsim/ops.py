@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The argument structs of csrc/low_rank.h, csrc/multi_low_rank.h and csrc/nf4.h in ctypes, and the memory each names.
+"""The argument structs of csrc/*.h in ctypes, and what memory each one names.
 
 `cudart.py` compiles static_asserts from this file, so a struct that changes there does not build here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from ctypes import c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,14 @@ class Operand:
         return _get(args, self.within or self.path)
 
     def set_address(self, args: ctypes.Structure, address: int) -> None:
-        *parents, field = self.path.split(".")
-        for parent in parents:
-            args = getattr(args, parent)
-        setattr(args, field, address)
+        parent, _, field = self.path.rpartition(".")
+        setattr(_get(args, parent) if parent else args, field, address)
 
 
 def _get(args: Any, path: str) -> Any:
+    """path: names of fields, and indices of arrays: "layers.3.A"."""
     for field in path.split("."):
-        args = getattr(args, field)
+        args = args[int(field)] if field.isdecimal() else getattr(args, field)
     return args
 
 
@@ -254,6 +253,115 @@ class MultiLoraGrad(ctypes.Structure):
         yield Operand("grad", adapters * self.columns * self.rank * size_of(self.grad_dtype), WRITE)
 
 
+class JacobiSvd(ctypes.Structure):
+    _fields_ = [("vectors", c_void_p), ("values", c_void_p), ("sweeps", c_void_p), ("batch", c_int64), ("n", c_int64)]
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("vectors", self.batch * self.n * self.n * 8, UPDATE)
+        yield Operand("values", self.batch * self.n * 8, WRITE)
+        yield Operand("sweeps", self.batch * 4, WRITE)
+
+
+class TripletLayer(ctypes.Structure):
+    _fields_ = [
+        ("A", c_void_p), ("E", c_void_p), ("B", c_void_p), ("grad_A", c_void_p), ("grad_E", c_void_p),
+        ("grad_B", c_void_p), ("dtype", c_int32), ("in", c_int64), ("out", c_int64), ("rank", c_int64),
+        ("first", c_int64), ("state", c_int64),
+    ]  # fmt: skip
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of A, E and B."""
+        return {"A": self.rank * getattr(self, "in"), "E": self.rank, "B": self.out * self.rank}
+
+    def state_size(self) -> int:
+        return sum(-(-n // 16) * 16 for n in self.sizes().values())
+
+
+class ImportanceUpdate(ctypes.Structure):
+    SCORE_PARTS = 8  # kScoreParts of csrc/cuda/kernels.h
+    _fields_ = [
+        ("layers", POINTER(TripletLayer)), ("layer_count", c_int64), ("triplets", c_int64), ("beta1", c_double),
+        ("beta2", c_double), ("grad_scale", c_void_p), ("sensitivity", c_void_p), ("uncertainty", c_void_p),
+        ("scores", c_void_p), ("workspace", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        state = 0
+        for i in range(self.layer_count):
+            layer = self.layers[i]
+            state += layer.state_size()
+            for name, n in layer.sizes().items():
+                yield Operand(f"layers.{i}.{name}", n * size_of(layer.dtype), READ)
+                yield Operand(f"layers.{i}.grad_{name}", n * size_of(layer.dtype), READ)
+        yield Operand("grad_scale", 4, READ)
+        yield Operand("sensitivity", state * 4, UPDATE)
+        yield Operand("uncertainty", state * 4, UPDATE)
+        yield Operand("scores", self.triplets * 4, WRITE)
+        yield Operand("workspace", self.SCORE_PARTS * self.triplets * 4, WRITE)
+
+
+class RankMask(ctypes.Structure):
+    _fields_ = [
+        ("scores", c_void_p), ("triplets", c_int64), ("budget", c_int64), ("exact", c_bool), ("keep", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("scores", self.triplets * 4, READ)
+        yield Operand("keep", self.triplets, WRITE)
+
+
+class MaskRanks(ctypes.Structure):
+    _fields_ = [("layers", POINTER(TripletLayer)), ("layer_count", c_int64), ("keep", c_void_p)]
+
+    def operands(self) -> Iterator[Operand]:
+        triplets = 0
+        for i in range(self.layer_count):
+            triplets += self.layers[i].rank
+            yield Operand(f"layers.{i}.E", self.layers[i].rank * size_of(self.layers[i].dtype), UPDATE)
+        yield Operand("keep", triplets, READ)
+
+
+class OrthogonalFactor(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p), ("dtype", c_int32), ("rank_major", c_bool), ("rank", c_int64), ("columns", c_int64),
+        ("deviation", c_int64), ("grad", c_void_p),
+    ]  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return self.rank * self.columns * size_of(self.dtype)
+
+
+class Orthogonality(ctypes.Structure):
+    _fields_ = [
+        ("factors", POINTER(OrthogonalFactor)), ("factor_count", c_int64), ("squared", c_bool),
+        ("deviations", c_void_p), ("norms", c_void_p), ("value", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        for i in range(self.factor_count):
+            yield Operand(f"factors.{i}.data", self.factors[i].nbytes, READ)
+        deviations = sum(self.factors[i].rank ** 2 for i in range(self.factor_count))
+        yield Operand("deviations", deviations * 4, WRITE)
+        yield Operand("norms", self.factor_count * 4, WRITE)
+        yield Operand("value", 4, WRITE)
+
+
+class OrthogonalityGrad(ctypes.Structure):
+    _fields_ = [
+        ("factors", POINTER(OrthogonalFactor)), ("factor_count", c_int64), ("squared", c_bool),
+        ("upstream", c_void_p), ("deviations", c_void_p), ("norms", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        for i in range(self.factor_count):
+            yield Operand(f"factors.{i}.data", self.factors[i].nbytes, READ)
+            yield Operand(f"factors.{i}.grad", self.factors[i].nbytes, WRITE)
+        yield Operand("upstream", 4, READ)
+        yield Operand("deviations", sum(self.factors[i].rank ** 2 for i in range(self.factor_count)) * 4, READ)
+        yield Operand("norms", self.factor_count * 4, READ)
+
+
 OPS: dict[str, type[ctypes.Structure]] = {
     "low_rank_down": LowRankDown,
     "low_rank_up": LowRankUp,
@@ -267,6 +375,12 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "multi_lora_down": MultiLoraDown,
     "multi_lora_up": MultiLoraUp,
     "multi_lora_grad": MultiLoraGrad,
+    "jacobi_svd": JacobiSvd,
+    "update_importance": ImportanceUpdate,
+    "rank_mask": RankMask,
+    "mask_ranks": MaskRanks,
+    "orthogonality": Orthogonality,
+    "orthogonality_grad": OrthogonalityGrad,
 }
 """launch_<op> of csrc/cuda/kernels.h and the struct it takes."""
 
@@ -274,7 +388,8 @@ OPS: dict[str, type[ctypes.Structure]] = {
 def wrappers() -> str:
     """C++ that gives every launcher a C name, and checks every field above against the headers."""
     lines = ['#include "kernels.h"', "using namespace peftkern;"]
-    for struct in (Dropout, Factor, RowGroups, FactorBank, *OPS.values()):
+    lines.append(f"static_assert(kScoreParts == {ImportanceUpdate.SCORE_PARTS});")
+    for struct in (Dropout, Factor, RowGroups, FactorBank, TripletLayer, OrthogonalFactor, *OPS.values()):
         name = struct.__name__
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, *_ in struct._fields_:

@@ -16,6 +16,7 @@ import torch
 
 from peftkern import reference
 
+from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
@@ -291,7 +292,7 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_BUILDERS = {op: multi_builders.get(op) or globals()[f"_{op}"] for op in OPS}
+_BUILDERS = {op: (multi_builders | allocation_builders).get(op) or globals()[f"_{op}"] for op in OPS}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -360,7 +361,11 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
-CASES = [*_low_rank_cases(), *_nf4_cases(), *(case(op, **options) for op, options in multi_cases())]
+CASES = [
+    *_low_rank_cases(),
+    *_nf4_cases(),
+    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases())),
+]
 
 SCHEDULED = [
     case("low_rank_down", rows=33, columns=136, rank=5, x=F32, factor=BF16, rank_major=False, p=0.2),
@@ -374,6 +379,6 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
-    *(case(op, **options) for op, options in multi_scheduled()),
+    *(case(op, **options) for op, options in itertools.chain(multi_scheduled(), allocation_scheduled())),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""

@@ -19,6 +19,9 @@ DTYPES = (F32, BF16, F16)
 TORCH_DTYPE = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16}
 SEED = -0x6DCBA9876F543211  # both halves are used, and the sign bit is set
 
+UPDATED_IN_PLACE = ("y", "vectors", "sensitivity", "uncertainty", "masked")
+"""Writing another operand that a case places is reported."""
+
 SUM_TOLERANCE = 2e-6
 """Error of an fp32 sum relative to the sum of its terms' magnitudes; 3e-7 is the largest these cases show."""
 
@@ -37,7 +40,7 @@ class Problem:
         """Device memory that holds values, `misaligned` elements after an aligned address. Returns the pointer."""
         data = as_bytes(values).numpy()
         lead = np.full(misaligned * values.element_size(), 0xFF, np.uint8)  # NaN in every dtype
-        writable = name == "y"  # the one operand that is updated in place; writing another one is reported
+        writable = name.split()[0] in UPDATED_IN_PLACE
         self.buffers[name] = buffer(np.concatenate([lead, data]), name=name, writable=writable)
         self.offsets[name] = lead.size
         self.inputs[name] = self.buffers[name].numpy(np.uint8).tobytes()

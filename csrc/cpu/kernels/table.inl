@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels that are written once for every instruction set, as the table of one. An instruction set that has
 // something better replaces the member.
+#include "jacobi_svd.inl"
 #include "low_rank.inl"
 #include "multi_lora.inl"
 #include "nf4.inl"
@@ -22,5 +23,6 @@ inline KernelTable kernel_table(const char* name) {
           .multi_lora_down = multi_lora_down,
           .multi_lora_up = multi_lora_up,
           .multi_lora_grad = multi_lora_grad,
-          .update_importance = update_importance};
+          .update_importance = update_importance,
+          .jacobi_svd = jacobi_svd};
 }

@@ -228,3 +228,18 @@ inline float sum_lanes(F32 a) {
 }
 
 inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them
+
+constexpr int kWidth64 = 4;
+struct F64 {
+  __m256d v;
+};
+inline F64 set1(double x) { return {_mm256_set1_pd(x)}; }
+inline F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline void store(double* p, F64 a) { _mm256_storeu_pd(p, a.v); }
+inline double sum_lanes(F64 a) {
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}

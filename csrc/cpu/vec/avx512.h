@@ -218,3 +218,15 @@ struct CodeValues {
 inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a.v); }
 
 inline void fence() { _mm_sfence(); }  // after streaming stores, before another thread may read them
+
+constexpr int kWidth64 = 8;
+struct F64 {
+  __m512d v;
+};
+inline F64 set1(double x) { return {_mm512_set1_pd(x)}; }
+inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void store(double* p, F64 a) { _mm512_storeu_pd(p, a.v); }
+inline double sum_lanes(F64 a) { return _mm512_reduce_add_pd(a.v); }

@@ -90,3 +90,16 @@ struct CodeValues {
 inline float sum_lanes(F32 a) { return a.v; }
 
 inline void fence() {}  // after streaming stores
+
+// fp64, for jacobi_svd.inl: whole vectors only.
+constexpr int kWidth64 = 1;
+struct F64 {
+  double v;
+};
+inline F64 set1(double x) { return {x}; }
+inline F64 add(F64 a, F64 b) { return {a.v + b.v}; }
+inline F64 mul(F64 a, F64 b) { return {a.v * b.v}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {a.v * b.v + c.v}; }
+inline F64 load(const double* p) { return {*p}; }
+inline void store(double* p, F64 a) { *p = a.v; }
+inline double sum_lanes(F64 a) { return a.v; }

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVD compression: the batched Jacobi kernel against torch.linalg.svd on the same cores, and compress() against the way
+it is usually done, an SVD of the dense update B A of each layer."""
+
+import pytest
+import torch
+
+import peftkern
+from peftkern.ops import jacobi_svd
+
+
+@pytest.mark.parametrize(("batch", "n"), [(210, 8), (210, 16), (210, 32), (210, 64), (32, 128), (8, 256)])
+def test_cores(compare, batch, n):
+    """Cores as compress() makes them: the product of the triangular factors of a random A and B."""
+    A, B = torch.randn(batch, 4 * n, n, dtype=torch.float64), torch.randn(batch, 4 * n, n, dtype=torch.float64)
+    cores = torch.linalg.qr(B @ torch.linalg.qr(A).R.mT).R
+    expected = torch.linalg.svd(cores).S
+    assert ((jacobi_svd(cores)[1] - expected).abs() <= 1e-13 * expected[:, :1]).all()
+    providers = {"peftkern": lambda: jacobi_svd(cores), "torch.linalg.svd": lambda: torch.linalg.svd(cores)}
+    compare(f"SVD of {batch} cores {n}x{n}, fp64", providers, seconds=1.0, rounds=(3, 50))
+
+
+@pytest.mark.parametrize(
+    ("fan_out", "fan_in", "r", "layers"), [(576, 576, 16, 8), (1536, 576, 16, 4), (2048, 2048, 64, 1)]
+)
+def test_compress(compare, fan_out, fan_in, r, layers):
+    tensors = {}
+    for i in range(layers):
+        tensors[f"{i}.lora_A.weight"] = torch.randn(r, fan_in)
+        tensors[f"{i}.lora_B.weight"] = torch.randn(fan_out, r)
+
+    def dense():
+        """float32, as merging tools do it; twice the time in float64."""
+        result = {}
+        for i in range(layers):
+            U, S, Vh = torch.linalg.svd(
+                tensors[f"{i}.lora_B.weight"] @ tensors[f"{i}.lora_A.weight"], full_matrices=False
+            )
+            k = r // 2
+            result[i] = (U[:, :k] * S[:k].sqrt(), S[:k, None].sqrt() * Vh[:k])
+        return result
+
+    new, others = peftkern.compress(tensors, rank=r // 2).state_dict, dense()
+    for i, (B, A) in others.items():
+        torch.testing.assert_close(new[f"{i}.lora_B.weight"] @ new[f"{i}.lora_A.weight"], B @ A, rtol=1e-3, atol=1e-3)
+    providers = {"peftkern": lambda: peftkern.compress(tensors, rank=r // 2), "SVD of B A, fp32": dense}
+    compare(f"compress {layers} layers {fan_out}x{fan_in}, r={r}", providers, seconds=1.0, rounds=(3, 30))

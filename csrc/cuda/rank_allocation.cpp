@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// AdaLoRA's rank allocation on CUDA: the registration.
+#include "../rank_allocation_ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "backend.h"
+
+namespace peftkern {
+
+STABLE_TORCH_LIBRARY_IMPL(peftkern, CUDA, m) {
+  m.impl("update_importance_", TORCH_BOX(&update_importance<CudaBackend>));
+  m.impl("rank_mask", TORCH_BOX(&rank_mask<CudaBackend>));
+  m.impl("mask_ranks_", TORCH_BOX(&mask_ranks<CudaBackend>));
+  m.impl("orthogonality", TORCH_BOX(&orthogonality<CudaBackend>));
+  m.impl("orthogonality_backward", TORCH_BOX(&orthogonality_backward<CudaBackend>));
+}
+
+}  // namespace peftkern
