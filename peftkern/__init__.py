@@ -5,6 +5,7 @@ from .adapt import adapt, memory_footprint, merge, trainable_parameters, unmerge
 from .adapter_io import load_adapter, save_adapter
 from .config import LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
+from .integrations import convert_bnb, load_bnb
 from .modules import LoRALinear, NF4Linear, QLoRALinear
 from .ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 
@@ -19,12 +20,14 @@ __all__ = [
     "QLoRALinear",
     "adapt",
     "adapted_linear",
+    "convert_bnb",
     "cpu_isa",
     "dequantize_nf4",
     "empty_cpu_cache",
     "explain",
     "info",
     "load_adapter",
+    "load_bnb",
     "lora_linear",
     "memory_footprint",
     "merge",

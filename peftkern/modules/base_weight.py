@@ -25,14 +25,14 @@ def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
 
-def _floats(t: Tensor) -> Tensor:
+def floats_of(t: Tensor) -> Tensor:
     """float32 values from their bytes; where these lie at an odd offset of a larger buffer, from a copy."""
     if not torch.compiler.is_compiling() and t.storage_offset() % 4:
         t = t.clone()
     return t.view(torch.float32)
 
 
-def _bytes(t: Tensor) -> Tensor:
+def bytes_of(t: Tensor) -> Tensor:
     return t.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -41,10 +41,10 @@ def weight_parameters(weight: Tensor | NF4Weight) -> dict[str, nn.Parameter]:
     if not isinstance(weight, NF4Weight):
         parameter = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         return {"weight": parameter.requires_grad_(False)}
-    parameters = {"weight": _frozen(weight.packed), "absmax": _frozen(_bytes(weight.absmax))}
+    parameters = {"weight": _frozen(weight.packed), "absmax": _frozen(bytes_of(weight.absmax))}
     if weight.nested_absmax is not None and weight.offset is not None:
-        parameters["nested_absmax"] = _frozen(_bytes(weight.nested_absmax))
-        parameters["absmax_offset"] = _frozen(_bytes(weight.offset))
+        parameters["nested_absmax"] = _frozen(bytes_of(weight.nested_absmax))
+        parameters["absmax_offset"] = _frozen(bytes_of(weight.offset))
     return parameters
 
 
@@ -88,8 +88,8 @@ class BaseWeight(nn.Module):
         assert self.quantized_dtype is not None
         shape = (self.out_features, self.in_features)
         if not config.double_quant:
-            return NF4Weight(self.weight, _floats(self.absmax), config.block_size, shape, self.quantized_dtype)
-        nested, offset = _floats(self.nested_absmax), _floats(self.absmax_offset)
+            return NF4Weight(self.weight, floats_of(self.absmax), config.block_size, shape, self.quantized_dtype)
+        nested, offset = floats_of(self.nested_absmax), floats_of(self.absmax_offset)
         return NF4Weight(self.weight, self.absmax, config.block_size, shape, self.quantized_dtype, nested, offset)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
