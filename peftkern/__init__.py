@@ -8,6 +8,7 @@ from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
 from .integrations import convert_bnb, load_bnb
 from .modules import LoRALinear, NF4Linear, QLoRALinear
 from .ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from .prepare import prepare
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "memory_footprint",
     "merge",
     "nf4_linear",
+    "prepare",
     "quantize_nf4",
     "save_adapter",
     "set_cpu_isa",

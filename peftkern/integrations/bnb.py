@@ -26,8 +26,8 @@ def load_bnb(path: str | Path, model_class: Any = None, **kwargs: Any) -> Any:
     path: folder or hub id, safetensors, sharded or not. model_class: by default the class named in its config.json.
     kwargs: for from_pretrained (dtype, device_map, ...). The packed weights and their scales are taken over byte for
     byte; block size, double quantization and which layers are quantized are read from the tensors.
-    Raises ValueError naming the tensor for fp4 and int8 weights, damaged entries, and quantized weights that the model
-    has no nn.Linear for; ImportError without transformers.
+    Raises ValueError naming the tensor for fp4 and int8 weights and for quantized weights that the model has no
+    nn.Linear for; RuntimeError for damaged entries, which transformers names in its log; ImportError without it.
     """
     import transformers
 
@@ -39,10 +39,10 @@ def load_bnb(path: str | Path, model_class: Any = None, **kwargs: Any) -> Any:
         raise ValueError(f"path: expected a checkpoint quantized by bitsandbytes, got quantization_config={found!r}")
     config.quantization_config = BnbCheckpoint().to_dict()
     if model_class is None:
-        names = config.architectures or ["none"]
-        model_class = getattr(transformers, names[0], None)
+        name = (config.architectures or [""])[0]
+        model_class = getattr(transformers, name, None)
         if model_class is None:
-            raise ValueError(f"model_class: expected a class for architecture {names[0]!r}, transformers has none")
+            raise ValueError(f"model_class: expected one, since transformers has no architecture {name!r} of config.json")
     return model_class.from_pretrained(path, config=config, **kwargs)
 
 
@@ -99,6 +99,11 @@ def _read_layer(name: str, layer: Any) -> NF4Weight:
         if not p.is_floating_point() or getattr(p, "bnb_quantized", False):
             raise ValueError(f"{name}.weight: expected a quant_state, got none; was the model moved or loaded fully?")
         return quantize_nf4(p.data, p.blocksize, p.compress_statistics)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name}.weight: expected bitsandbytes' storage layout, got its layout for inference on the CPU, with "
+            "rounded scales; convert the model before its first call in eval mode"
+        )
     packed = p.data.contiguous().view(torch.uint8).reshape(-1)
     nested: Tensor | None = None
     offset: Tensor | None = None

@@ -79,6 +79,13 @@ class NF4Quantizer(HfQuantizer):
         self.transposed: set[str] = set()  # names of layers that were Conv1D, whose checkpoint weight is [in, out]
         self.has_experts = False
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                'device_map: expected no "disk" while a dense checkpoint is quantized (the dense weights would be read '
+                "back); save_pretrained the NF4 model, and offload when that is loaded"
+            )
+
     def _process_model_before_weight_loading(self, model, **kwargs: Any) -> None:
         config: NF4Config = self.quantization_config
         kept = self.get_modules_to_not_convert(

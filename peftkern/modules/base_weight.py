@@ -7,6 +7,9 @@ Dense: ``weight`` [out, in]. NF4: ``weight`` uint8 [out, in / 2] (flat if in is 
     absmax            uint8 [4 * blocks], float32 bytes; with double quantization uint8 [blocks], the codes
     nested_absmax     uint8 [4 * ceil(blocks / 256)], float32 bytes      (double quantization only)
     absmax_offset     uint8 [4], float32 bytes                           (double quantization only)
+
+The dtype that was quantized travels in the state dict's metadata, where torch keeps a module's version: torch.save
+and load_state_dict carry it on; in a safetensors file it is missing, and the module keeps the dtype it was made with.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from ..ops import NF4Config, NF4Weight, quantize_nf4
 from ..ops.library import FLOAT_DTYPES
 from ..ops.nf4 import check_weight
 
+DTYPE_KEY = "nf4_dtype"
 WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
 
 
@@ -92,7 +96,13 @@ class BaseWeight(nn.Module):
         nested, offset = floats_of(self.nested_absmax), floats_of(self.absmax_offset)
         return NF4Weight(self.weight, self.absmax, config.block_size, shape, self.quantized_dtype, nested, offset)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantized_dtype is not None and hasattr(destination, "_metadata"):
+            name = str(self.quantized_dtype).removeprefix("torch.")
+            destination._metadata.setdefault(prefix[:-1], {})[DTYPE_KEY] = name
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs) -> None:
         """Reads three layouts: ours; bitsandbytes' (``weight.absmax``, ``weight.quant_state...``); and, into an NF4
         module, a dense weight, which is quantized."""
         if self.nf4_config is not None:
@@ -112,4 +122,7 @@ class BaseWeight(nn.Module):
                 raise ValueError(f"{key}: {error}") from error
             if weight is not None:
                 state_dict.update((prefix + name, p.detach()) for name, p in weight_parameters(weight).items())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            dtype = getattr(torch, str(local_metadata.get(DTYPE_KEY)), None)
+            if weight is None and incoming is not None and dtype in FLOAT_DTYPES:
+                self.quantized_dtype = dtype
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
