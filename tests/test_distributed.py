@@ -6,6 +6,7 @@ training in one process, which is run on the whole batch.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch without gloo", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
-STEPS, SAVED, ROWS = 4, 2, 3  # optimizer steps; after how many a checkpoint is written; rows a process and step
-WORLD_BATCH = 6  # processes that the global batch is made for: 2 and 3 divide it
+STEPS, SAVED, ROWS = 4, 2, 3  # optimizer steps; after how many a checkpoint is written; rows a share
+SHARES = 6  # of ROWS rows in the global batch: 2 and 3 processes divide it
 
 
 class Block(nn.Module):
@@ -46,7 +47,7 @@ def make_model(p: float = 0.0, seed: int = 0, quantize=NF4Config(32, double_quan
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    rows = ROWS * WORLD_BATCH
+    rows = ROWS * SHARES
     return torch.randn(rows, 64, generator=generator), torch.randint(8, (rows,), generator=generator)
 
 
@@ -304,24 +305,66 @@ def test_dropout_differs_between_processes_as_torchs_does(two):
     assert all(torch.equal(x, y) for x, y in zip(a["grads"], b["grads"], strict=True)), "reduced over the processes"
 
 
+TRAINER = """
+import os, torch, peftkern
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+    def __getitem__(self, i):
+        ids = torch.arange(i, i + 12) % 64
+        return {"input_ids": ids, "labels": ids}
+
+torch.manual_seed(0)
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.1, **sizes))
+peftkern.adapt(model, peftkern.LoraConfig(r=4, lora_alpha=16), quantize="nf4")
+world = int(os.environ.get("WORLD_SIZE", 1))
+arguments = TrainingArguments(
+    "out", max_steps=4, per_device_train_batch_size=8 // world, report_to="none", use_cpu=True, learning_rate=1e-2,
+    logging_steps=1, disable_tqdm=True, save_strategy="no",
+)
+trainer = Trainer(model, arguments, train_dataset=Rows())
+trainer.train()
+if trainer.args.process_index == 0:
+    for entry in trainer.state.log_history[:-1]:
+        print(f"step loss {entry['loss']:.3f}")
+    print(type(trainer.model_wrapped).__name__)
+"""
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",  # --multi_gpu is accelerate's name for one process a device, on the CPU as well
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_launchers(launcher, tmp_path):
-    """The example under both launchers: the same losses as in one process."""
-    script = str(ROOT / "examples" / "qlora_fsdp.py")
-    commands = {
-        "alone": [sys.executable, script],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
-        "accelerate": [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", script,
-        ],
-    }  # fmt: skip
-    outputs = []
-    for name in ("alone", launcher):
-        out = subprocess.run(
-            commands[name], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+@pytest.mark.parametrize("script", ["example", "trainer"])
+def test_launchers(script, tmp_path):
+    """FSDP2 in the example and DDP by Trainer, started by torchrun and by accelerate: the losses of one process."""
+    pytest.importorskip("accelerate")
+    path = ROOT / "examples" / "qlora_fsdp.py"
+    if script == "trainer":
+        path = tmp_path / "train.py"
+        path.write_text(TRAINER)
+
+    def start(*launcher: str) -> list[str]:
+        port = ["--main_process_port" if "accelerate" in launcher[0] else "--master-port", str(free_port())]
+        command = [sys.executable, *(["-m", *launcher, *port] if launcher[0] else []), str(path)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
         assert out.returncode == 0, out.stderr
-        outputs.append([line for line in out.stdout.splitlines() if line.startswith("step")])
-    assert outputs[0] and outputs[0] == outputs[1]
+        return out.stdout.splitlines()
+
+    expected = [line for line in start("") if line.startswith("step")]
+    for launcher in LAUNCHERS.values():
+        lines = start(*launcher.split())
+        assert [line for line in lines if line.startswith("step")] == expected and len(expected) >= 4
+        assert script == "example" or lines[-1] == "DistributedDataParallel"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
