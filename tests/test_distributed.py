@@ -33,16 +33,18 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.up, self.mid, self.down = nn.LayerNorm(64), nn.Linear(64, 97), nn.Linear(97, 50), nn.Linear(50, 64)
+        self.norm, self.up = nn.LayerNorm(64), nn.Linear(64, 97)
+        self.mid, self.down = nn.Linear(97, 50), nn.Linear(50, 64)
 
     def forward(self, x):
         return x + self.down(torch.relu(self.mid(torch.relu(self.up(self.norm(x))))))
 
 
-def make_model(p: float = 0.0, seed: int = 0, quantize=NF4Config(32, double_quant=True)) -> nn.Sequential:
+def make_model(p: float = 0.0, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(*(Block() for _ in range(2)), nn.Linear(64, 8))
-    return peftkern.adapt(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=p, init_lora_weights=False), quantize=quantize)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=p, init_lora_weights=False)
+    return peftkern.adapt(model, config, quantize=NF4Config(32, double_quant=True))
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

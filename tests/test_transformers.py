@@ -6,6 +6,8 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +106,8 @@ def test_the_dtype_asked_for_is_quantized_and_remembered(tmp_path, dtype):
 
 def test_what_is_not_converted(tmp_path):
     dense = save(tiny_llama(tie_word_embeddings=True), tmp_path / "tied")
-    config = NF4Config(modules_to_not_convert=["q_proj", "model.layers.1.mlp", r"model\.layers\.0\.self_attn\.[kv]_proj"])
+    names = ["q_proj", "model.layers.1.mlp", r"model\.layers\.0\.self_attn\.[kv]_proj"]
+    config = NF4Config(modules_to_not_convert=names)
     model = load(dense, config)
     kept = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, NF4Linear)}
     layers = [f"model.layers.{i}" for i in (0, 1)]
@@ -175,7 +178,8 @@ def tiny_mixtral():
 
 def tiny_qwen_moe():
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=16)
+    sizes = SIZES | {"head_dim": 16, "moe_intermediate_size": 48}
+    config = transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -215,12 +219,18 @@ def test_fused_experts_are_quantized(tmp_path, make, config):
     for name, experts in experts_of(model).items():
         assert experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.uint8, name
         assert not experts.gate_up_proj.requires_grad
+    footprint = peftkern.memory_footprint(model)
+    experts_weights = sum(m.gate_up_proj.numel() + m.down_proj.numel() for m in experts_of(dense).values())
+    linear_weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    assert footprint["quantized_params"] == experts_weights + linear_weights
+    assert 4 < footprint["bits_per_param"] < 4.6
+    assert "NF4 experts, one after the other" in peftkern.explain(model)
     with torch.no_grad():  # the same model with its weights rounded, in transformers' own code
         for name, module in dense.named_modules():
             if name in experts_of(dense):
                 for p in (module.gate_up_proj, module.down_proj):
                     p.copy_(round_to_nf4(p, config, module.is_transposed))
-            elif isinstance(module, nn.Linear) and name != "lm_head" and isinstance(model.get_submodule(name), NF4Linear):
+            elif isinstance(module, nn.Linear) and isinstance(model.get_submodule(name), NF4Linear):
                 module.weight.copy_(model.get_submodule(name).dequantize())
         torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
     assert_reload_is_equal(model, tmp_path / "nf4")
@@ -301,23 +311,19 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path):
         load(tmp_path / "nf4")
     with pytest.raises(ValueError, match="modules_to_not_convert: expected a list of names"):
         NF4Config(modules_to_not_convert="lm_head")
+    with pytest.raises(ValueError, match="quantize: expected an NF4Config without modules_to_not_convert"):
+        peftkern.adapt(nn.Sequential(nn.Linear(8, 8)), LoraConfig(), NF4Config(modules_to_not_convert=["0"]))
 
 
 @pytest.mark.parametrize("order", ["peftkern, transformers", "transformers, peftkern"])
 def test_import_order_and_cost(tmp_path, order):
     """A reload needs only both imports, in any order; importing us imports no other library."""
     save(load(save(tiny_llama(), tmp_path / "dense"), NF4Config()), tmp_path / "nf4")
-    code = f"""
-import sys
-import peftkern
-heavy = [m for m in ("transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets") if m in sys.modules]
-assert not heavy, heavy
-""" if order.startswith("peftkern") else "import transformers\n"
-    code += f"""
-import transformers, peftkern
-model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "nf4")!r})
-print(type(model.model.layers[0].mlp.up_proj).__name__)
-"""
+    reload = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'nf4')!r})"
+    code = f"import {order}\n{reload}\nprint(type(model.model.layers[0].mlp.up_proj).__name__)"
+    if order.startswith("peftkern"):
+        heavy = {"transformers", "peft", "accelerate", "bitsandbytes", "trl", "torch.distributed.tensor"}
+        code = f"import sys, peftkern\nassert not {heavy} & set(sys.modules)\n{code}"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip().splitlines()[-1:] == ["NF4Linear"], out.stderr
 
@@ -344,3 +350,59 @@ def test_adapters_on_a_quantized_model(tmp_path):
         peftkern.adapt(model, LoraConfig(r=4, init_lora_weights=False), quantize=quantize)
         logits.append(model.eval()(IDS).logits)
     assert torch.equal(*logits)
+
+
+LOAD_AND_WATCH = """
+import sys, threading
+import torch, transformers, peftkern
+from transformers.models.llama import modeling_llama
+
+def own_memory():  # without mapped files, whose pages the kernel drops when it needs them
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+peftkern.quantize_nf4(torch.randn(256, 256))
+before, peak, done = own_memory(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, own_memory())
+
+threading.Thread(target=watch, daemon=True).start()
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=peftkern.NF4Config(double_quant=True), dtype=torch.bfloat16
+)
+done.set()
+layers = sum(isinstance(m, peftkern.NF4Linear) for m in model.modules())
+print(peak - before, peftkern.memory_footprint(model)["total_bytes"], layers)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_of_loading(tmp_path_factory):
+    """A checkpoint of 1 GiB, written shard by shard: at most 1.2 times the NF4 model and one tensor in float32."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=12, vocab_size=512, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        config.save_pretrained(folder)
+        with torch.device("meta"):
+            shapes = {name: t.shape for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}
+        values = torch.randn(2048 * 5632, dtype=BF16)
+        files: dict[str, dict[str, torch.Size]] = {}
+        for name, shape in shapes.items():
+            part = name.split(".")[2] if ".layers." in name else "rest"
+            files.setdefault(f"model-{part}.safetensors", {})[name] = shape
+        for file, parts in files.items():
+            tensors = {name: values[: shape.numel()].reshape(shape).clone() for name, shape in parts.items()}
+            save_file(tensors, f"{folder}/{file}", {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, parts in files.items() for name in parts}}
+        Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
+        assert sum(f.stat().st_size for f in Path(folder).glob("*.safetensors")) > 2**30
+        out = subprocess.run([sys.executable, "-c", LOAD_AND_WATCH, folder], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    peak, final, layers = map(int, out.stdout.split())
+    assert layers == 12 * 7 and final < 0.29 * 2**30
+    assert final * 0.8 < peak < 1.2 * final + 4 * 2048 * 5632, f"{peak / 2**20:.0f} of {final / 2**20:.0f} MiB"

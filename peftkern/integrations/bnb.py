@@ -42,7 +42,7 @@ def load_bnb(path: str | Path, model_class: Any = None, **kwargs: Any) -> Any:
         name = (config.architectures or [""])[0]
         model_class = getattr(transformers, name, None)
         if model_class is None:
-            raise ValueError(f"model_class: expected one, since transformers has no architecture {name!r} of config.json")
+            raise ValueError(f"model_class: expected one, transformers has no architecture {name!r} of config.json")
     return model_class.from_pretrained(path, config=config, **kwargs)
 
 

@@ -2,8 +2,8 @@
 """The expert weights of a mixture-of-experts layer in NF4.
 
 transformers keeps all experts of a layer in one module, with parameters ``gate_up_proj`` (or ``up_proj``) and
-``down_proj`` of shape [experts, out, in], or [experts, in, out] if ``is_transposed``. In NF4 each expert is quantized on
-its own, always as [out, in], and the same names hold uint8 [experts, out, in / 2] (flat if in is odd), next to
+``down_proj`` of shape [experts, out, in], or [experts, in, out] if ``is_transposed``. In NF4 each expert is quantized
+on its own, always as [out, in], and the same names hold uint8 [experts, out, in / 2] (flat if in is odd), next to
 ``{name}_absmax``, ``{name}_nested_absmax`` and ``{name}_absmax_offset``: bytes, as in modules/base_weight.py, with one
 row an expert.
 """
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..ops import NF4Config, NF4Weight, nf4_linear, quantize_nf4
 from .base_weight import bytes_of, floats_of
+
+ENDINGS = ("", "_absmax", "_nested_absmax", "_absmax_offset")
 
 
 class Stack(NamedTuple):
@@ -44,11 +46,9 @@ def quantize_stack(w: Tensor, config: NF4Config, transposed: bool) -> dict[str, 
     parts: dict[str, list[Tensor]] = {}
     for expert in w:
         q = quantize_nf4(expert.T if transposed else expert, config.block_size, config.double_quant)
-        parts.setdefault("", []).append(q.packed)
-        parts.setdefault("_absmax", []).append(bytes_of(q.absmax))
-        if q.nested_absmax is not None and q.offset is not None:
-            parts.setdefault("_nested_absmax", []).append(bytes_of(q.nested_absmax))
-            parts.setdefault("_absmax_offset", []).append(bytes_of(q.offset))
+        for ending, part in zip(ENDINGS, (q.packed, q.absmax, q.nested_absmax, q.offset), strict=True):
+            if part is not None:
+                parts.setdefault(ending, []).append(bytes_of(part) if ending else part)
     return {ending: torch.stack(rows) for ending, rows in parts.items()}
 
 
@@ -63,6 +63,11 @@ def quantize_experts(experts: nn.Module, config: NF4Config) -> None:
         for ending, tensor in tensors.items():
             experts.register_parameter(name + ending, nn.Parameter(tensor, requires_grad=False))
     experts.nf4_experts = stacks
+
+
+def stack_bytes(experts: nn.Module, name: str) -> int:
+    """Every byte that a stack takes."""
+    return sum(getattr(experts, name + ending).nbytes for ending in ENDINGS if hasattr(experts, name + ending))
 
 
 def expert_weight(experts: nn.Module, name: str, expert: int) -> NF4Weight:
