@@ -291,3 +291,37 @@ def test_prepare_errors(folder):
         peftkern.prepare(ours(folder, "nf4"))
     with pytest.raises(ValueError, match="a Linear has no gradient_checkpointing_enable; pass False"):
         peftkern.prepare(nn.Linear(4, 4))
+
+
+@pytest.mark.skipif(not hasattr(peftkern, "RankAllocator"), reason="built without AdaLoRA")
+@BASES
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_adalora_in_both_trainers(folder, tmp_path, tokenizer, base, kind):
+    """The allocator is hooked onto the optimizer that the trainer is given."""
+    config = peftkern.AdaLoraConfig(init_r=6, target_r=3, total_step=8, tinit=1, tfinal=3, lora_alpha=16)
+    model = peftkern.adapt(base_model(folder, base), config)
+    before = frozen(model)
+    optimizer = torch.optim.AdamW(peftkern.trainable_parameters(model), lr=2e-2)
+    allocator = peftkern.RankAllocator(model, optimizer=optimizer)
+    if kind == "trainer":
+        trainer = transformers.Trainer(
+            model, arguments(tmp_path), train_dataset=Batches(), optimizers=(optimizer, None)
+        )
+    else:
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        trainer = trl.SFTTrainer(
+            model,
+            arguments(tmp_path, trl.SFTConfig, max_length=32),
+            train_dataset=datasets.Dataset.from_dict({"text": [TEXT] * 32}),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+        )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert allocator.step == 8 and sum(allocator.ranks().values()) <= 3 * 14
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    peftkern.save_adapter(model, tmp_path / "adapter", drop_masked=False)
+    again = peftkern.load_adapter(base_model(folder, base), tmp_path / "adapter")
+    state = dict(model.named_parameters())
+    assert all(torch.equal(state[n], p) for n, p in again.named_parameters() if "lora_" in n)
