@@ -31,6 +31,7 @@ mesh = init_device_mesh(device.type, (world,))
 torch.manual_seed(0)  # the same model everywhere; each process keeps its part of it below
 sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).to(device)
+peftkern.prepare(model)  # frozen, with activation checkpointing
 peftkern.adapt(model, peftkern.LoraConfig(r=8, lora_alpha=16), quantize=peftkern.NF4Config(double_quant=True))
 for layer in model.model.layers:  # as for any model: first the layers, then what is left
     fully_shard(layer, mesh=mesh)

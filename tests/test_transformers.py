@@ -262,6 +262,21 @@ def test_gradients_through_quantized_experts(tmp_path, make):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_beside_and_on_experts(tmp_path):
+    """On the linear layers, ours and PEFT's; PEFT's on the experts themselves only if these are dense."""
+    peft = pytest.importorskip("peft")
+    folder = save(tiny_mixtral(), tmp_path / "dense")
+    model = peftkern.adapt(load(folder, NF4Config(), F32), LoraConfig(r=2))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in peftkern.trainable_parameters(model))
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    packed = peft.get_peft_model(load(folder, NF4Config(), F32), config)
+    with pytest.raises(RuntimeError, match="expected experts in NF4 without a parametrization"):
+        packed(IDS)
+    dense = peft.get_peft_model(load(folder, NF4Config(modules_to_not_convert=["experts"]), F32), config)
+    dense(input_ids=IDS, labels=IDS).loss.backward()
+
+
 def test_experts_left_dense(tmp_path):
     folder = save(tiny_mixtral(), tmp_path / "dense")
     model = load(folder, NF4Config(modules_to_not_convert=["model.layers.0.mlp.experts"]), F32)

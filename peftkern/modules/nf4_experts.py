@@ -88,6 +88,11 @@ def nf4_experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_
     k results of a token are added in the order of top_k_index. An index beyond the experts (expert parallelism marks
     with it what another device computes) counts as zero.
     """
+    if hasattr(experts, "parametrizations"):  # which would add a dense update to packed bytes
+        raise RuntimeError(
+            f"{type(experts).__name__}: expected experts in NF4 without a parametrization, got one (HF PEFT's "
+            "target_parameters?); leave them dense with modules_to_not_convert to train adapters on them"
+        )
     up, down = weight_names(experts)
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
