@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,27 @@ def case_meta(folder):
     return report(model, train(model, make_optimizer(model)))
 
 
+def case_accelerate(folder):
+    """The FSDP2 of accelerate, and so of Trainer, which both offer on GPUs alone: their function that shards a model,
+    weights broadcast from the first process included, with what it reads of an Accelerator."""
+    try:
+        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    except ImportError:
+        return None
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=True, state_dict_type="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"), torch_device_mesh=None,
+    )  # fmt: skip
+    model = fsdp2_prepare_model(accelerator, make_model(seed=dist.get_rank()))
+    assert hasattr(model[0].mid.weight, "full_tensor")
+    return report(model, train(model, make_optimizer(model)))
+
+
 def case_save_checkpoint(folder):
     """Steps, a checkpoint, steps; and the adapter in HF PEFT's format, gathered."""
     import torch.distributed.checkpoint as dcp
@@ -241,7 +263,17 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
 
 
-CASES = ("ddp", "ddp_dropout", "fsdp", "keep_gathered", "cpu_offload", "mixed_precision", "meta", "save_checkpoint")
+CASES = (
+    "ddp",
+    "ddp_dropout",
+    "fsdp",
+    "keep_gathered",
+    "cpu_offload",
+    "mixed_precision",
+    "meta",
+    "save_checkpoint",
+    "accelerate",
+)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +284,12 @@ def two(folder):
 @pytest.fixture(scope="module")
 def three(folder, two):
     return run(folder, 3, ("ddp", "fsdp", "mixed_precision", "resume_checkpoint", "load_adapter"))
+
+
+def test_the_fsdp2_of_accelerate(two, alone):
+    if two[0]["accelerate"] is None:
+        pytest.skip("without accelerate")
+    assert_same_training(two, alone, "accelerate")
 
 
 def assert_same_training(results, alone, case, first=0, rtol=1e-5):
