@@ -58,7 +58,7 @@ def write_bnb_folder(folder, nested: bool, shards: int = 1, dtype=BF16, **model_
 @pytest.mark.parametrize("shards", [1, 5])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_a_checkpoint_is_read_byte_for_byte(tmp_path, nested, shards, tied):
-    dense = write_bnb_folder(tmp_path, nested, shards, tie_word_embeddings=tied)
+    dense = write_bnb_folder(tmp_path, nested, shards, tie_word_embeddings=tied, attention_bias=not tied)
     model = peftkern.load_bnb(tmp_path)
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     assert len(quantized) == 14 and type(model.lm_head) is nn.Linear
@@ -201,6 +201,21 @@ def test_real_checkpoints_and_models(bnb, tmp_path, nested):
     assert_reload_is_equal(theirs, tmp_path / "ours")
     if not nested:  # quantized by us: the same bytes
         assert_same_state(ours, load(dense, NF4Config(), F32))
+
+
+def test_real_checkpoints_of_conv1d(bnb, tmp_path):
+    """GPT-2: bitsandbytes stores them transposed, as [out, in]."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=32)
+    theirs = load_with_bnb(save(transformers.GPT2LMHeadModel(config), tmp_path / "dense")).train()
+    save(theirs, tmp_path / "bnb")
+    ours = peftkern.load_bnb(tmp_path / "bnb")
+    for name, module in theirs.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            expected = bnb.functional.dequantize_4bit(module.weight, module.weight.quant_state)
+            assert torch.equal(ours.get_submodule(name).dequantize(), expected), name
+    assert sum(isinstance(m, NF4Linear) for m in ours.modules()) == 4
+    assert_reload_is_equal(ours, tmp_path / "ours")
 
 
 def test_convert_refuses(bnb, tmp_path):

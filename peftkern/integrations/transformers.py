@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ..modules import NF4Linear
 from ..modules.base_weight import weight_parameters
-from ..modules.nf4_experts import is_experts, nf4_experts_forward, quantize_experts, quantize_stack
+from ..modules.nf4_experts import expert_weight, is_experts, nf4_experts_forward, quantize_experts, quantize_stack
 from ..ops import NF4Config, NF4Weight, quantize_nf4
 from ..ops.nf4 import check_weight
 from .bnb import nf4_linear_with
@@ -117,7 +117,10 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs: Any):
         for name, module in model.named_modules():
             if isinstance(module, NF4Linear):
-                _check_loaded(name, module)
+                _check_loaded(name, module.base_weight())
+            for leaf, stack in getattr(module, "nf4_experts", {}).items():
+                for expert in range(stack.experts):
+                    _check_loaded(f"{name}.{leaf}[{expert}]", expert_weight(module, leaf, expert))
         if self.has_experts:
             # They are saved as they are, not split again into the experts of the original checkpoint.
             model._weight_conversions = [c for c in model._weight_conversions if not _makes_experts(c)]
@@ -202,7 +205,7 @@ class BnbQuantizer(NF4Quantizer):
                 f"{len(self.expected)} quantized weights, {len(self.expected) - len(layers)} have none"
             )
         for name, module in layers.items():
-            _check_loaded(name, module)
+            _check_loaded(name, module.base_weight())
         some = next(iter(layers.values())).nf4_config if layers else NF4Config()
         assert some is not None
         self.quantization_config = replace(some, modules_to_not_convert=kept_linears(model))
@@ -227,6 +230,8 @@ class _ReadBnb(ConversionOps):
             return {key: self._cast(value, model, full_layer_name) for key, value in tensors.items()}
         name = full_layer_name.removesuffix(".weight")
         linear = model.get_submodule(name)
+        if type(linear) is Conv1D:
+            linear = _as_linear(linear)
         if type(linear) is not nn.Linear:
             raise ValueError(f"{full_layer_name}: expected an nn.Linear to load into, got {type(linear).__name__}")
         try:
@@ -277,9 +282,7 @@ def _refuse_stacked_weights(name: str, module: nn.Module) -> None:
             )
 
 
-def _check_loaded(name: str, module: NF4Linear) -> None:
-    weight = module.base_weight()
-    assert isinstance(weight, NF4Weight)
+def _check_loaded(name: str, weight: NF4Weight) -> None:
     try:
         check_weight(weight, name)
     except ValueError as error:
