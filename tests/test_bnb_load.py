@@ -14,7 +14,7 @@ from torch import nn
 import peftkern
 from peftkern import NF4Config, NF4Linear, NF4Weight, dequantize_nf4
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_transformers import IDS, assert_reload_is_equal, assert_same_state, load, save, tiny_llama  # noqa: E402
 

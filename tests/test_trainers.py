@@ -11,7 +11,7 @@ from torch import nn
 import peftkern
 from peftkern import LoraConfig, LoRALinear, NF4Config, NF4Linear
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 pytest.importorskip("accelerate")
 from test_transformers import load, save, tiny_llama  # noqa: E402
 

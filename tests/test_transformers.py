@@ -17,7 +17,7 @@ from torch import nn
 import peftkern
 from peftkern import LoraConfig, NF4Config, NF4Linear, dequantize_nf4, quantize_nf4
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -341,6 +341,13 @@ def test_import_order_and_cost(tmp_path, order):
         code = f"import sys, peftkern\nassert not {heavy} & set(sys.modules)\n{code}"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip().splitlines()[-1:] == ["NF4Linear"], out.stderr
+
+
+def test_an_older_transformers_is_refused(tmp_path, monkeypatch):
+    folder = save(tiny_llama(), tmp_path)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.22.1")
+    with pytest.raises(ImportError, match="transformers: expected version 5.23 or later .*, got 5.22.1"):
+        load(folder, NF4Config())
 
 
 def test_dequantize_and_memory(tmp_path):

@@ -15,6 +15,7 @@ from .bnb import BnbCheckpoint, convert_bnb, load_bnb
 __all__ = ["convert_bnb", "load_bnb"]
 
 _REGISTRY = "transformers.quantizers.auto"
+_OLDEST = (5, 23)  # transformers that casts a checkpoint tensor to the dtype asked for, not to that of packed weights
 
 
 def _register(registry: ModuleType) -> None:
@@ -24,13 +25,23 @@ def _register(registry: ModuleType) -> None:
         registry.AUTO_QUANTIZER_MAPPING[config.quant_method] = quantizer
 
 
+def _check_transformers() -> None:
+    """Raises ImportError for a transformers that loads in another way."""
+    version = sys.modules["transformers"].__version__
+    if tuple(int(n) for n in version.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise ImportError(f"transformers: expected version {oldest} or later to load NF4 weights, got {version}")
+
+
 def _nf4_quantizer(config: NF4Config, **kwargs: Any) -> Any:
+    _check_transformers()
     from .transformers import NF4Quantizer
 
     return NF4Quantizer(config, **kwargs)
 
 
 def _bnb_quantizer(config: NF4Config, **kwargs: Any) -> Any:
+    _check_transformers()
     from .transformers import BnbQuantizer
 
     return BnbQuantizer(config, **kwargs)
