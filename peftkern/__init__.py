@@ -8,6 +8,7 @@ from .autotune import autotune
 from .compress import Compression, compress
 from .config import AdaLoraConfig, LoraConfig
 from .info import cpu_isa, empty_cpu_cache, explain, info, set_cpu_isa
+from .integrations import convert_bnb, load_bnb
 from .modules import AdaLoRALinear, LoRALinear, NF4Linear, QLoRALinear
 from .ops import (
     NF4Config,
@@ -19,6 +20,7 @@ from .ops import (
     nf4_linear,
     quantize_nf4,
 )
+from .prepare import prepare
 from .rank_allocator import RankAllocator, orthogonality, prune_ranks, to_lora
 from .router import Router
 
@@ -41,18 +43,21 @@ __all__ = [
     "adapted_linear",
     "autotune",
     "compress",
+    "convert_bnb",
     "cpu_isa",
     "dequantize_nf4",
     "empty_cpu_cache",
     "explain",
     "info",
     "load_adapter",
+    "load_bnb",
     "lora_linear",
     "memory_footprint",
     "merge",
     "multi_lora_linear",
     "nf4_linear",
     "orthogonality",
+    "prepare",
     "prune_ranks",
     "quantize_nf4",
     "save_adapter",

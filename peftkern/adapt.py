@@ -12,6 +12,7 @@ from torch import nn
 from .config import AdaLoraConfig, LoraConfig, matches, read_config
 from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRALinear, NF4Linear
 from .modules.lora import Quantize, quantize_config
+from .modules.nf4_experts import stack_bytes
 from .ops import NF4Config
 
 
@@ -211,6 +212,9 @@ def memory_footprint(model: nn.Module) -> dict[str, float]:
         if quantized:
             report["quantized_bytes"] += module.base_weight().nbytes
             report["quantized_params"] += module.in_features * module.out_features
+        for name, stack in getattr(module, "nf4_experts", {}).items():
+            report["quantized_bytes"] += stack_bytes(module, name)
+            report["quantized_params"] += stack.experts * stack.shape[0] * stack.shape[1]
         for p in module.parameters(recurse=False):
             size = new_bytes(p)
             report["total_bytes"] += size

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     """Writes model's adapter to directory, which is made if need be; returns it. HF PEFT, vLLM and others read it.
 
     drop_masked: of an AdaLoRA adapter leave out the triplets whose E is 0, as HF PEFT does; False keeps them, to go on
-    training exactly.
+    training exactly. A model sharded by FSDP2 is gathered: every process calls this, the first one writes.
 
     Raises RuntimeError if model has no adapter, OSError if the disk fails, in which case what was there before is
     still whole.
@@ -50,17 +51,39 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
         tensors, config = _sliced(model, tensors, config, drop_masked)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    sharded = any(_is_sharded(t) for t in tensors.values())
+    contiguous = {name: _whole(t.detach()).cpu().contiguous() for name, t in tensors.items()}
     if config.target_modules == "all-linear":  # as HF PEFT does, for readers that know names only
         config = replace(config, target_modules=exact_targets(model, dict(adapted_layers(model))))
     text = json.dumps(config.to_peft_dict(), indent=2, sort_keys=True) + "\n"
-    write_whole(
-        {
-            folder / WEIGHTS_NAME: lambda path: save_file(contiguous, path, metadata={"format": "pt"}),
-            folder / CONFIG_NAME: lambda path: path.write_text(text),
-        }
-    )
+    files = {
+        folder / WEIGHTS_NAME: lambda path: save_file(contiguous, path, metadata={"format": "pt"}),
+        folder / CONFIG_NAME: lambda path: path.write_text(text),
+    }
+    if not sharded or dist.get_rank() == 0:
+        write_whole(files)
+    if sharded:
+        dist.barrier()  # no process reads before the files are there
     return folder
+
+
+def _is_sharded(t: Tensor) -> bool:
+    """A DTensor? Without importing torch.distributed.tensor, which takes longer than all of peftkern."""
+    return hasattr(t, "full_tensor")
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if _is_sharded(t) else t
+
+
+def _copy_into(target: Tensor, source: Tensor) -> None:
+    """Each process has read the whole source, and keeps its part of a sharded target."""
+    if _is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = source.to(target.device, target.dtype)
+        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(source)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -102,7 +125,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
                 # a copy: what safetensors returns is the mapped file, which another program may overwrite
                 target.data = tensors[name].to(target.device, copy=True)
             else:
-                target.copy_(tensors[name])
+                _copy_into(target, tensors[name])
     for layer, (alpha, scaling) in scalings.items():
         layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
         layer.lora_dropout = config.lora_dropout

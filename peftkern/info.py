@@ -79,6 +79,8 @@ def explain(module: nn.Module) -> str:
     for name, layer in module.named_modules():
         if isinstance(layer, BaseWeight):
             groups.setdefault(f"{type(layer).__name__}: {_path(layer)}", []).append(name)
+        elif hasattr(layer, "nf4_experts"):
+            groups.setdefault(f"{type(layer).__name__}: NF4 experts, one after the other as NF4Linear", []).append(name)
         elif isinstance(layer, nn.Linear):
             plain += 1
     lines = []

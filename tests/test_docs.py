@@ -43,10 +43,20 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c}" for p, c in COMMANDS])
 def test_commands_are_valid(page, command):
-    """The parser or make accepts each. Both make targets run in full before a change lands, pip in test_pip_install."""
+    """The parser or make accepts each. Both make targets run in full before a change lands, pip in test_pip_install,
+    the launchers in test_distributed.py."""
     words = shlex.split(command)
     if words[0] == "peftkern":
         build_parser().parse_args(words[1:])
+    elif words[0] in ("torchrun", "accelerate"):
+        if words[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            parsed = get_args_parser().parse_args(words[1:])
+        else:
+            launch = pytest.importorskip("accelerate.commands.launch")
+            parsed = launch.launch_command_parser().parse_args(words[2:])
+        assert not parsed.training_script.startswith("examples/") or (ROOT / parsed.training_script).exists()
     elif words[0] == "make":
         result = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

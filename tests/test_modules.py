@@ -576,3 +576,17 @@ def test_weights_in_one_flat_buffer_at_odd_offsets():
     other.load_state_dict(state, assign=True)
     x = torch.randn(3, 64)
     assert torch.equal(other(x), layer(x))
+
+
+def test_the_quantized_dtype_travels_with_the_state_dict(tmp_path):
+    """In its metadata, so that no key is added; torch.save keeps that, a plain dict does not."""
+    for layer in (NF4Linear.from_linear(nn.Linear(64, 32).bfloat16()), QLoRALinear(64, 32, r=2, dtype=torch.bfloat16)):
+        fresh = NF4Linear(64, 32) if isinstance(layer, NF4Linear) else QLoRALinear(64, 32, r=2)
+        assert fresh.quantized_dtype == torch.float32
+        fresh.load_state_dict(dict(layer.state_dict()))
+        assert fresh.quantized_dtype == torch.float32
+        torch.save(nn.Sequential(layer).state_dict(), tmp_path / "state.pt")
+        nn.Sequential(fresh).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert fresh.quantized_dtype == torch.bfloat16
+        before, after = layer.base_weight(), fresh.base_weight()
+        assert torch.equal(peftkern.dequantize_nf4(before), peftkern.dequantize_nf4(after))

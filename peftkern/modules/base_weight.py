@@ -7,6 +7,9 @@ Dense: ``weight`` [out, in]. NF4: ``weight`` uint8 [out, in / 2] (flat if in is 
     absmax            uint8 [4 * blocks], float32 bytes; with double quantization uint8 [blocks], the codes
     nested_absmax     uint8 [4 * ceil(blocks / 256)], float32 bytes      (double quantization only)
     absmax_offset     uint8 [4], float32 bytes                           (double quantization only)
+
+The dtype that was quantized travels in the state dict's metadata, where torch keeps a module's version: torch.save
+and load_state_dict carry it on; in a safetensors file it is missing, and the module keeps the dtype it was made with.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from ..ops import NF4Config, NF4Weight, quantize_nf4
 from ..ops.library import FLOAT_DTYPES
 from ..ops.nf4 import check_weight
 
+DTYPE_KEY = "nf4_dtype"
 WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
 
 
@@ -25,14 +29,14 @@ def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
 
-def _floats(t: Tensor) -> Tensor:
+def floats_of(t: Tensor) -> Tensor:
     """float32 values from their bytes; where these lie at an odd offset of a larger buffer, from a copy."""
     if not torch.compiler.is_compiling() and t.storage_offset() % 4:
         t = t.clone()
     return t.view(torch.float32)
 
 
-def _bytes(t: Tensor) -> Tensor:
+def bytes_of(t: Tensor) -> Tensor:
     return t.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -41,10 +45,10 @@ def weight_parameters(weight: Tensor | NF4Weight) -> dict[str, nn.Parameter]:
     if not isinstance(weight, NF4Weight):
         parameter = weight if isinstance(weight, nn.Parameter) else _frozen(weight)
         return {"weight": parameter.requires_grad_(False)}
-    parameters = {"weight": _frozen(weight.packed), "absmax": _frozen(_bytes(weight.absmax))}
+    parameters = {"weight": _frozen(weight.packed), "absmax": _frozen(bytes_of(weight.absmax))}
     if weight.nested_absmax is not None and weight.offset is not None:
-        parameters["nested_absmax"] = _frozen(_bytes(weight.nested_absmax))
-        parameters["absmax_offset"] = _frozen(_bytes(weight.offset))
+        parameters["nested_absmax"] = _frozen(bytes_of(weight.nested_absmax))
+        parameters["absmax_offset"] = _frozen(bytes_of(weight.offset))
     return parameters
 
 
@@ -88,11 +92,17 @@ class BaseWeight(nn.Module):
         assert self.quantized_dtype is not None
         shape = (self.out_features, self.in_features)
         if not config.double_quant:
-            return NF4Weight(self.weight, _floats(self.absmax), config.block_size, shape, self.quantized_dtype)
-        nested, offset = _floats(self.nested_absmax), _floats(self.absmax_offset)
+            return NF4Weight(self.weight, floats_of(self.absmax), config.block_size, shape, self.quantized_dtype)
+        nested, offset = floats_of(self.nested_absmax), floats_of(self.absmax_offset)
         return NF4Weight(self.weight, self.absmax, config.block_size, shape, self.quantized_dtype, nested, offset)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantized_dtype is not None and hasattr(destination, "_metadata"):
+            name = str(self.quantized_dtype).removeprefix("torch.")
+            destination._metadata.setdefault(prefix[:-1], {})[DTYPE_KEY] = name
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs) -> None:
         """Reads three layouts: ours; bitsandbytes' (``weight.absmax``, ``weight.quant_state...``); and, into an NF4
         module, a dense weight, which is quantized."""
         if self.nf4_config is not None:
@@ -112,4 +122,7 @@ class BaseWeight(nn.Module):
                 raise ValueError(f"{key}: {error}") from error
             if weight is not None:
                 state_dict.update((prefix + name, p.detach()) for name, p in weight_parameters(weight).items())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            dtype = getattr(torch, str(local_metadata.get(DTYPE_KEY)), None)
+            if weight is None and incoming is not None and dtype in FLOAT_DTYPES:
+                self.quantized_dtype = dtype
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

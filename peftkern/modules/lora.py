@@ -18,6 +18,11 @@ INIT_LORA_WEIGHTS = (True, False, "gaussian")
 
 def quantize_config(quantize: Quantize) -> NF4Config | None:
     """None, "nf4" or an NF4Config as the user gives it."""
+    if isinstance(quantize, NF4Config) and quantize.modules_to_not_convert:
+        raise ValueError(
+            "quantize: expected an NF4Config without modules_to_not_convert, which is for from_pretrained; here the "
+            "layers that get an adapter are quantized"
+        )
     if quantize is None or isinstance(quantize, NF4Config):
         return quantize
     if quantize == "nf4":

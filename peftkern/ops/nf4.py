@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,14 +29,47 @@ class NF4Config:
 
     block_size: weights that share one absmax; a power of two from 32 to 4096. Smaller is more exact and larger.
     double_quant: store absmax as 8-bit codes too, which takes 4.127 instead of 4.5 bits a weight at block_size 64.
+    modules_to_not_convert: for whole models: names, name endings or regular expressions of layers that stay as they
+        are, besides the output head and weights that are tied to another layer's, which always do.
+
+    transformers takes it as the ``quantization_config`` of ``from_pretrained`` (docs/transformers.md).
     """
 
     block_size: int = 64
     double_quant: bool = False
+    modules_to_not_convert: tuple[str, ...] | None = None
+
+    quant_method: ClassVar[str] = "peftkern"  # under which transformers finds the quantizer
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {self.block_size!r}")
+        names = self.modules_to_not_convert
+        if names is not None:
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"modules_to_not_convert: expected a list of names, got {names!r}")
+            object.__setattr__(self, "modules_to_not_convert", tuple(names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers writes into config.json."""
+        names = self.modules_to_not_convert
+        return {
+            "quant_method": self.quant_method, **asdict(self),
+            "modules_to_not_convert": None if names is None else list(names),
+        }  # fmt: skip
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From what ``to_dict`` gave; raises ValueError for other keys."""
+        fields = {name: value for name, value in values.items() if name != "quant_method"}
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"quantization_config: expected the fields of NF4Config, got {unknown}")
+        config = cls(**fields)
+        return (config, kwargs) if return_unused_kwargs else config
 
 
 @dataclass(frozen=True)
