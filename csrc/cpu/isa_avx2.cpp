@@ -19,8 +19,9 @@ namespace avx2 {
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static const KernelTable table{"avx2",        padded_rank, pack_down,    pack_up,        low_rank_down, low_rank_up,
-                                 low_rank_grad, column_sums, quantize_nf4, dequantize_nf4, pack_few_rows, nf4_few_rows};
+  static const KernelTable table{"avx2",        padded_rank,   pack_down,   pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums, quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  nullptr,     nullptr};
   return table;
 }
 

@@ -21,9 +21,9 @@ namespace avx512bf16 {
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static const KernelTable table{"avx512bf16",       padded_rank,    pack_down_bf16, pack_up,
-                                 low_rank_down_bf16, low_rank_up,    low_rank_grad,  column_sums,
-                                 quantize_nf4,       dequantize_nf4, pack_few_rows,  nf4_few_rows};
+  static const KernelTable table{"avx512bf16",  padded_rank,   pack_down_bf16, pack_up,      low_rank_down_bf16,
+                                 low_rank_up,   low_rank_grad, column_sums,    quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  nullptr,        nullptr};
   return table;
 }
 

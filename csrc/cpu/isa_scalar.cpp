@@ -13,8 +13,9 @@ namespace scalar {
 
 const KernelTable& scalar_kernels() {
   using namespace scalar;
-  static const KernelTable table{"scalar",      padded_rank, pack_down,    pack_up,        low_rank_down, low_rank_up,
-                                 low_rank_grad, column_sums, quantize_nf4, dequantize_nf4, pack_few_rows, nf4_few_rows};
+  static const KernelTable table{"scalar",      padded_rank,   pack_down,   pack_up,      low_rank_down,
+                                 low_rank_up,   low_rank_grad, column_sums, quantize_nf4, dequantize_nf4,
+                                 pack_few_rows, nf4_few_rows,  nullptr,     nullptr};
   return table;
 }
 

@@ -16,6 +16,17 @@ constexpr int64_t kRowBlock = 64;    // rows whose rank sums low_rank_down holds
 // 16 weights, and a product that follows streams them from memory anyway.
 constexpr int64_t kStreamBytes = 16 << 20;
 
+// A product made of tiles: x is packed first, then columns of y in whole units, each unit by one thread.
+struct Nf4Tiles {
+  size_t (*packed_bytes)(const Nf4Product&);
+  size_t (*scratch_bytes)(const Nf4Product&);                                     // of a thread
+  void (*pack)(const Nf4Product&, void* packed_x, int64_t tile0, int64_t tile1);  // tiles of kTileUnit rows of x
+  void (*columns)(const Nf4Product&, const void* packed_x, void* scratch, int64_t column0, int64_t column1);
+};
+
+constexpr int64_t kTileUnit = 16;        // rows of a packed tile
+constexpr int64_t kTileColumnUnit = 32;  // columns of y
+
 struct KernelTable {
   const char* name;
 
@@ -37,8 +48,13 @@ struct KernelTable {
 
   // x as nf4_few_rows wants it: fp32 [rows rounded up to 8, in], zero rows at the end; in each run of 2 * (lanes of the
   // ISA) columns the even ones come first, as a packed byte holds an even and an odd one.
-  void (*pack_few_rows)(const Nf4FewRows&, float* packed_x);
-  void (*nf4_few_rows)(const Nf4FewRows&, const float* packed_x, int64_t column0, int64_t column1);
+  void (*pack_few_rows)(const Nf4Product&, float* packed_x);
+  void (*nf4_few_rows)(const Nf4Product&, const float* packed_x, int64_t column0,
+                       int64_t column1);  // in % block_size == 0
+
+  // y = x W^T and y = x W for any number of rows of bf16; in % 32 == 0. Null where the ISA has no fast way.
+  const Nf4Tiles* nf4_forward;
+  const Nf4Tiles* nf4_gradient;
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)
