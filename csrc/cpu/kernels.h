@@ -8,9 +8,10 @@
 namespace peftkern::cpu {
 
 // Work is handed out in these units, on every ISA, so that no result depends on the split.
-constexpr int64_t kRowUnit = 8;      // rows of low_rank_down and low_rank_up
-constexpr int64_t kColumnUnit = 64;  // columns of low_rank_grad and column_sums
-constexpr int64_t kRowBlock = 64;    // rows whose rank sums low_rank_down holds in scratch
+constexpr int64_t kRowUnit = 8;  // rows of low_rank_down and low_rank_up
+constexpr int64_t kColumnUnit =
+    128;                           // columns of low_rank_grad and column_sums: 16 chunks of 8, as keep_bytes makes them
+constexpr int64_t kRowBlock = 64;  // rows whose rank sums low_rank_down holds in scratch
 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
 // 16 weights, and a product that follows streams them from memory anyway.
