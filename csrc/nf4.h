@@ -99,17 +99,17 @@ struct DequantizeNf4 {
   DType out_dtype;
 };
 
-// y = x W^T + bias for a few rows, W in NF4: a weight is looked up once, rounded to x_dtype as dequantize rounds it,
-// used for all rows and never written. Every row of W starts a block.
-struct Nf4FewRows {
-  const void* x;  // [rows, in], x_dtype
+// y = x W^T + bias, or y = x W with the same fields, W in NF4: a weight is looked up, rounded to x_dtype as dequantize
+// rounds it, used for all rows, and never written to memory that others read.
+struct Nf4Product {
+  const void* x;  // [rows, in], x_dtype; for x W: [rows, out]
   DType x_dtype;
-  int64_t rows, in, out;  // in % block_size == 0
+  int64_t rows, in, out;
   const uint8_t* packed;  // [out, in / 2]
-  const float* absmax;    // [out, in / block_size]
+  const float* absmax;    // [out * in / block_size]
   int64_t block_size;
   const float* bias;  // [out] or null
-  void* y;            // [rows, out], x_dtype
+  void* y;            // [rows, out], x_dtype; for x W: [rows, in]
 };
 
 struct QuantizeAbsmax {

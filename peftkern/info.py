@@ -22,7 +22,7 @@ def cpu_isa() -> str:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Makes the CPU kernels use "scalar", "avx2", "avx512" or "avx512bf16"; "" chooses the best again.
+    """Makes the CPU kernels use "scalar", "avx2", "avx512", "avx512bf16" or "amx"; "" chooses the best again.
 
     The environment variable PEFTKERN_CPU_ISA sets it from the start. Raises ValueError if this machine lacks it.
     """

@@ -235,7 +235,34 @@ def test_every_way_to_make_a_product_equals_the_reference(direction, name, isa):
             expected.backward(grad.double())
             assert_close(call.inputs()["x"].grad, leaves["x"].grad, sample.x, f"{sample}: dx", slack=2.0)
         taken += 1
+    if name == "nf4_tiles" and isa != "amx":
+        assert not taken
+        pytest.skip("only amx makes products of tiles")
     assert taken >= 3
+
+
+TILE_SHAPES = [(3, 64, 37), (33, 1056, 300), (600, 2080, 530), (70, 4128, 50)]  # more than a block each way, ragged
+
+
+@pytest.mark.skipif("amx" not in ops.cpu_isas(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("rows, fan_in, fan_out", TILE_SHAPES)
+def test_products_of_tiles(rows, fan_in, fan_out, threads):
+    """The same bits for any number of threads, and the reference's values; weights that are not rows of blocks, too."""
+    ops.set_product("forward", "nf4_tiles")
+    ops.set_product("gradient", "nf4_tiles")
+    call = Sample((rows,), fan_in, fan_out, 5, BF16, NF4Config(64), dropout=0.1, bias=True).make()
+    results = []
+    for n in (1, 2):
+        threads(n)
+        call.x.grad = None
+        y = call.run()
+        y.backward(torch.ones_like(y))
+        results.append((y, call.x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    expected, leaves = call.reference()
+    expected.backward(torch.ones_like(expected))
+    assert_close(y, expected, BF16, "y")
+    assert_close(call.x.grad, leaves["x"].grad, BF16, "dx", slack=2.0)
 
 
 def test_a_forced_product_is_not_silently_replaced():

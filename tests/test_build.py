@@ -38,13 +38,13 @@ def test_baseline_code_has_no_avx():
     """Only functions in the namespaces of an ISA may hold its instructions, else older CPUs die of SIGILL."""
     listing = run("objdump", "-d", "-C", "--no-show-raw-insn", str(EXTENSION)).stdout
     assert listing
-    function, found, vector = "", {}, {"avx2": 0, "avx512": 0, "avx512bf16": 0}
+    function, found, vector = "", {}, {"avx2": 0, "avx512": 0, "avx512bf16": 0, "amx": 0}
     for line in listing.splitlines():
         header = re.match(r"^[0-9a-f]+ <(.*)>:$", line)
         if header:
             function = header.group(1)
-        elif re.search(r"%(ymm|zmm)\d", line):
-            home = re.search(r"peftkern::cpu::(avx2|avx512bf16|avx512)\b", function)
+        elif re.search(r"%(ymm|zmm|tmm)\d", line):
+            home = re.search(r"peftkern::cpu::(avx2|avx512bf16|avx512|amx)\b", function)
             if home:
                 vector[home.group(1)] += 1
             else:

@@ -39,7 +39,8 @@ class CpuBackend {
 
   void quantize_nf4(const QuantizeNf4&) const;
   void dequantize_nf4(const DequantizeNf4&) const;
-  void nf4_few_rows(const Nf4FewRows&) const;
+  void nf4_few_rows(const Nf4Product&) const;
+  void nf4_tiles(const Nf4Product&, bool gradient) const;  // y = x W^T + bias, or y = x W
   void quantize_absmax(const QuantizeAbsmax&) const;
   void dequantize_absmax(const DequantizeAbsmax&) const;
 

@@ -6,6 +6,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace peftkern::cpu {
 
 const KernelTable& scalar_kernels();
@@ -13,6 +21,7 @@ const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 const KernelTable& avx512bf16_kernels();
+const KernelTable& amx_kernels();
 #endif
 
 namespace {
@@ -31,11 +40,28 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The tiles' 8 KiB of state need the kernel's permission, once for the process; oneDNN asks for the same.
+bool has_amx() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  static const bool supported = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return supported;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Isa kIsas[] = {
 // best first
 #ifdef __x86_64__
+    {has_amx, amx_kernels},
     {has_avx512bf16, avx512bf16_kernels},
     {has_avx512, avx512_kernels},
     {has_avx2, avx2_kernels},

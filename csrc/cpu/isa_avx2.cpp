@@ -18,7 +18,7 @@ namespace avx2 {
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static const KernelTable table = kernel_table("avx2");
+  static constexpr KernelTable table = kernel_table("avx2");
   return table;
 }
 

@@ -18,7 +18,7 @@ namespace avx512 {
 
 const KernelTable& avx512_kernels() {
   using namespace avx512;
-  static const KernelTable table = kernel_table("avx512");
+  static constexpr KernelTable table = kernel_table("avx512");
   return table;
 }
 

@@ -14,20 +14,12 @@ namespace peftkern::cpu {
 namespace avx512bf16 {
 #include "vec/avx512.h"
 
-#include "kernels/table.inl"
-#include "kernels/low_rank_bf16.inl"
-#include "kernels/multi_lora_bf16.inl"
+#include "kernels/table_bf16.inl"
 }  // namespace avx512bf16
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static const KernelTable table = [] {
-    KernelTable t = kernel_table("avx512bf16");
-    t.pack_down = pack_down_bf16;
-    t.low_rank_down = low_rank_down_bf16;
-    t.multi_lora_down = multi_lora_down_bf16;
-    return t;
-  }();
+  static constexpr KernelTable table = bf16_kernel_table("avx512bf16");
   return table;
 }
 

@@ -12,7 +12,7 @@ namespace scalar {
 
 const KernelTable& scalar_kernels() {
   using namespace scalar;
-  static const KernelTable table = kernel_table("scalar");
+  static constexpr KernelTable table = kernel_table("scalar");
   return table;
 }
 

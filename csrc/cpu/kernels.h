@@ -12,7 +12,7 @@ namespace peftkern::cpu {
 
 // Work is handed out in these units, on every ISA, so that no result depends on the split.
 constexpr int64_t kRowUnit = 8;       // rows of low_rank_down and low_rank_up
-constexpr int64_t kColumnUnit = 64;   // columns of low_rank_grad and column_sums
+constexpr int64_t kColumnUnit = 128;  // columns of low_rank_grad and column_sums: 16 chunks, as keep_bytes makes them
 constexpr int64_t kRowBlock = 64;     // rows whose rank sums low_rank_down holds in scratch
 constexpr int64_t kRowChunk = 128;    // entries of a call of multi_lora_down: a factor is packed once for them
 constexpr int64_t kPanelDepth = 256;  // columns of a factor that multi_lora_down packs at a time
@@ -24,6 +24,17 @@ constexpr int64_t kDoubleUnit = 8;  // fp64 elements to which jacobi_svd pads a 
 // Outputs from this size on are written past the caches: without the read for ownership 40 instead of 72 bytes move for
 // 16 weights, and a product that follows streams them from memory anyway.
 constexpr int64_t kStreamBytes = 16 << 20;
+
+// A product made of tiles: x is packed first, then columns of y in whole units, each unit by one thread.
+struct Nf4Tiles {
+  size_t (*packed_bytes)(const Nf4Product&);
+  size_t (*scratch_bytes)(const Nf4Product&);                                     // of a thread
+  void (*pack)(const Nf4Product&, void* packed_x, int64_t tile0, int64_t tile1);  // tiles of kTileUnit rows of x
+  void (*columns)(const Nf4Product&, const void* packed_x, void* scratch, int64_t column0, int64_t column1);
+};
+
+constexpr int64_t kTileUnit = 16;        // rows of a packed tile
+constexpr int64_t kTileColumnUnit = 32;  // columns of y
 
 struct KernelTable {
   const char* name;
@@ -45,9 +56,9 @@ struct KernelTable {
   void (*dequantize_nf4)(const DequantizeNf4&, int64_t block0, int64_t block1);
 
   // x as nf4_few_rows wants it: fp32 [rows rounded up to 8, in], zero rows at the end; in each run of 2 * (lanes of the
-  // ISA) columns the even ones come first, as a packed byte holds an even and an odd one.
-  void (*pack_few_rows)(const Nf4FewRows&, float* packed_x);
-  void (*nf4_few_rows)(const Nf4FewRows&, const float* packed_x, int64_t column0, int64_t column1);
+  // ISA) columns the even ones come first, as a packed byte holds an even and an odd one. in % block_size == 0
+  void (*pack_few_rows)(const Nf4Product&, float* packed_x);
+  void (*nf4_few_rows)(const Nf4Product&, const float* packed_x, int64_t column0, int64_t column1);
 
   // One adapter, `rank` of whose ranks count, and entries of its own. scratch: [kRowChunk + kPanelDepth, padded_rank]
   void (*multi_lora_down)(const MultiLoraDown&, int64_t adapter, int64_t rank, int64_t entry0, int64_t entry1,
@@ -64,6 +75,10 @@ struct KernelTable {
 
   // scratch: [n + 1, n rounded up to kDoubleUnit]
   void (*jacobi_svd)(const JacobiSvd&, double* scratch, int64_t matrix0, int64_t matrix1);
+
+  // y = x W^T and y = x W for any number of rows of bf16; in % 32 == 0. Null where the ISA has no fast way.
+  const Nf4Tiles* nf4_forward;
+  const Nf4Tiles* nf4_gradient;
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

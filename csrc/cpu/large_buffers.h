@@ -16,4 +16,18 @@ void* take_buffer(size_t bytes);             // at least so many, aligned to 2 M
 void give_buffer(void* data, size_t bytes);  // with the bytes it was taken for
 size_t empty_buffer_cache();                 // frees what is unused; returns how many bytes that was
 
+// A buffer for the length of a scope.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes), data_(take_buffer(bytes)) {}
+  ~Buffer() { give_buffer(data_, bytes_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
 }  // namespace peftkern::cpu

@@ -55,12 +55,28 @@ void CpuBackend::dequantize_nf4(const DequantizeNf4& a) const {
                [&](int64_t begin, int64_t end) { kernels().dequantize_nf4(a, begin, end); });
 }
 
-void CpuBackend::nf4_few_rows(const Nf4FewRows& a) const {
+void CpuBackend::nf4_few_rows(const Nf4Product& a) const {
   const auto& k = kernels();
   std::vector<float> packed_x(static_cast<size_t>(ceil_div(a.rows, cpu::kRowUnit) * cpu::kRowUnit * a.in));
   k.pack_few_rows(a, packed_x.data());
   parallel_for(0, a.out, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(a.in, 1)),
                [&](int64_t begin, int64_t end) { k.nf4_few_rows(a, packed_x.data(), begin, end); });
+}
+
+void CpuBackend::nf4_tiles(const Nf4Product& a, bool gradient) const {
+  const auto& k = gradient ? *kernels().nf4_gradient : *kernels().nf4_forward;
+  const int64_t columns = gradient ? a.in : a.out, depth = gradient ? a.out : a.in;
+  const cpu::Buffer packed(k.packed_bytes(a));
+  const int64_t tile_work = std::max<int64_t>(1, cpu::kTileUnit * depth);
+  parallel_for(0, ceil_div(a.rows, cpu::kTileUnit), std::max<int64_t>(1, 2 * kElementsPerThread / tile_work),
+               [&](int64_t begin, int64_t end) { k.pack(a, packed.data(), begin, end); });
+  const int64_t unit_work = std::max<int64_t>(1, cpu::kTileColumnUnit * depth);
+  parallel_for(0, ceil_div(columns, cpu::kTileColumnUnit), std::max<int64_t>(1, kElementsPerThread / unit_work),
+               [&](int64_t begin, int64_t end) {
+                 const cpu::Buffer scratch(k.scratch_bytes(a));
+                 k.columns(a, packed.data(), scratch.data(), begin * cpu::kTileColumnUnit,
+                           std::min(end * cpu::kTileColumnUnit, columns));
+               });
 }
 
 // absmax is 1/block_size of the weight, so plain code is enough here.

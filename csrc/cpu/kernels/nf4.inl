@@ -74,7 +74,7 @@ void dequantize_nf4(const DequantizeNf4& a, int64_t block0, int64_t block1) {
 // ---- y = x W^T + bias for a few rows --------------------------------------------------------------------------------
 
 template <class T>
-void pack_few_rows_as(const Nf4FewRows& a, float* packed_x) {
+void pack_few_rows_as(const Nf4Product& a, float* packed_x) {
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.in;
     float* target = packed_x + row * a.in;
@@ -86,13 +86,13 @@ void pack_few_rows_as(const Nf4FewRows& a, float* packed_x) {
   }
 }
 
-void pack_few_rows(const Nf4FewRows& a, float* packed_x) {
+void pack_few_rows(const Nf4Product& a, float* packed_x) {
   dispatch(a.x_dtype, [&](auto tag) { pack_few_rows_as<decltype(tag)>(a, packed_x); });
 }
 
 // One column of y for kRows rows: even and odd weights have sums of their own, so that no addition waits for another.
 template <class T, int kRows>
-inline void few_rows_column(const Nf4FewRows& a, const float* packed_x, int64_t row, int64_t column) {
+inline void few_rows_column(const Nf4Product& a, const float* packed_x, int64_t row, int64_t column) {
   F32 even_sum[kRows], odd_sum[kRows];
   for (int i = 0; i < kRows; ++i) even_sum[i] = odd_sum[i] = zero();
   const uint8_t* packed = a.packed + column * a.in / 2;
@@ -117,7 +117,7 @@ inline void few_rows_column(const Nf4FewRows& a, const float* packed_x, int64_t 
 }
 
 template <class T>
-void few_rows_columns(const Nf4FewRows& a, const float* packed_x, int64_t column0, int64_t column1) {
+void few_rows_columns(const Nf4Product& a, const float* packed_x, int64_t column0, int64_t column1) {
   for (int64_t column = column0; column < column1; ++column)
     for (int64_t row = 0; row < a.rows; row += kTileRows) {
       const int64_t left = a.rows - row;
@@ -133,6 +133,6 @@ void few_rows_columns(const Nf4FewRows& a, const float* packed_x, int64_t column
     }
 }
 
-void nf4_few_rows(const Nf4FewRows& a, const float* packed_x, int64_t column0, int64_t column1) {
+void nf4_few_rows(const Nf4Product& a, const float* packed_x, int64_t column0, int64_t column1) {
   dispatch(a.x_dtype, [&](auto tag) { few_rows_columns<decltype(tag)>(a, packed_x, column0, column1); });
 }

@@ -7,7 +7,7 @@
 #include "nf4.inl"
 #include "rank_allocation.inl"
 
-inline KernelTable kernel_table(const char* name) {
+constexpr KernelTable kernel_table(const char* name) {
   return {.name = name,
           .padded_rank = padded_rank,
           .pack_down = pack_down,

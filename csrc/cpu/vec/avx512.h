@@ -170,12 +170,15 @@ struct NibbleTable {
     value = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
   }
 
+  __m512i lookup(const uint8_t* packed) const {  // vpermw reads bits 0..4 of each index, and the table is there twice
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i code = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    return _mm512_permutexvar_epi16(code, value);
+  }
+
   template <bool kStream>
   void emit(const uint8_t* packed, T* out) const {
-    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-    const __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
-    const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
-    store_bits<kStream>(out, _mm512_permutexvar_epi16(code, value));
+    store_bits<kStream>(out, lookup(packed));
   }
 };
 
