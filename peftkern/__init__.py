@@ -16,6 +16,7 @@ from .ops import (
     nf4_linear,
     quantize_nf4,
 )
+from .patch import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -39,9 +40,11 @@ __all__ = [
     "merge",
     "multi_lora_linear",
     "nf4_linear",
+    "patch",
     "quantize_nf4",
     "save_adapter",
     "set_cpu_isa",
     "trainable_parameters",
     "unmerge",
+    "unpatch",
 ]
