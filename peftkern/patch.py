@@ -299,8 +299,10 @@ class _PatchedLayer(_Patched):
         """A batch whose items choose their adapter."""
         plan = self._plan()
         used = sorted({name for name in adapter_names if name in self.lora_A})
-        if plan.base_reason or not used or len(adapter_names) != len(x) or not plan.mixable.keys() >= set(used):
+        if plan.base_reason or len(adapter_names) != len(x) or not plan.mixable.keys() >= set(used):
             return None
+        if not used:
+            return self.base_layer(x)
         parts = [plan.mixable[name] for name in used]
         rates = {_active_p(part.dropout) for part in parts}
         if len(rates) > 1 or self._hooked(parts):
