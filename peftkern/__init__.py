@@ -20,6 +20,7 @@ from .ops import (
     nf4_linear,
     quantize_nf4,
 )
+from .patch import patch, unpatch
 from .prepare import prepare
 from .rank_allocator import RankAllocator, orthogonality, prune_ranks, to_lora
 from .router import Router
@@ -57,6 +58,7 @@ __all__ = [
     "multi_lora_linear",
     "nf4_linear",
     "orthogonality",
+    "patch",
     "prepare",
     "prune_ranks",
     "quantize_nf4",
@@ -65,4 +67,5 @@ __all__ = [
     "to_lora",
     "trainable_parameters",
     "unmerge",
+    "unpatch",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from .autotune import timed_products
 from .modules import AdaptedLinear, BaseWeight
 from .ops.library import ops
+from .patch import explain_layer, is_peft_layer
 
 PEERS = ("transformers", "peft", "bitsandbytes")
 
@@ -68,7 +69,8 @@ def _version(package: str) -> str:
 
 
 def explain(module: nn.Module) -> str:
-    """Which path a call of module takes and why: a line for each way its layers work, with how many and one example.
+    """Which path a call of module takes and why: a line for each way its layers work, with how many and one example; HF
+    PEFT's layers included, patched or not.
 
     >>> from peftkern import LoRALinear
     >>> print(explain(LoRALinear(64, 32)))  # doctest: +ELLIPSIS
@@ -76,8 +78,14 @@ def explain(module: nn.Module) -> str:
     """
     groups: dict[str, list[str]] = {}
     plain = 0
+    inside = None  # the PEFT layer whose inner modules come next: it has spoken for them
     for name, layer in module.named_modules():
-        if isinstance(layer, BaseWeight):
+        if inside is not None and name.startswith(inside):
+            continue
+        if is_peft_layer(layer):
+            groups.setdefault(explain_layer(layer), []).append(name)
+            inside = f"{name}." if name else ""
+        elif isinstance(layer, BaseWeight):
             groups.setdefault(f"{type(layer).__name__}: {_path(layer)}", []).append(name)
         elif hasattr(layer, "nf4_experts"):
             groups.setdefault(f"{type(layer).__name__}: NF4 experts, one after the other as NF4Linear", []).append(name)

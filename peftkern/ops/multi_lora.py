@@ -115,7 +115,7 @@ def multi_lora_linear(
     (True, torch.Size([3, 32]))
     """
     if not isinstance(A, Tensor) or not isinstance(B, Tensor):
-        A, B, ranks = _stacked(A, B, ranks)
+        A, B, ranks = stacked(A, B, ranks)
     adapters = A.shape[0] if A.dim() else 0
     return planned_multi_lora_linear(
         x, weight, A, B, make_plan(adapter_index, x, adapters), scaling=scaling, ranks=ranks, bias=bias,
@@ -184,7 +184,7 @@ def planned_multi_lora_linear(
     )[0]  # fmt: skip
 
 
-def _stacked(
+def stacked(
     A: Tensor | Sequence[Tensor], B: Tensor | Sequence[Tensor], ranks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Factors of any ranks as [adapters, largest, in] and [adapters, out, largest], padded with zeros."""

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF PEFT models as they are against the same models patched: a training step of SmolLM2-135M, and a batch of 8 rows
+over 8 adapters."""
+
+import copy
+
+import pytest
+import torch
+from bench_train_step import BATCH, Trainee, batches, source, to_bitsandbytes  # noqa: F401
+
+import peftkern
+from peftkern.finetune.model import load_base
+
+peft = pytest.importorskip("peft")
+
+CONFIGS = {
+    "lora": lambda **kw: peft.LoraConfig(r=16, lora_alpha=32, **kw),
+    "qlora": lambda **kw: peft.LoraConfig(r=16, lora_alpha=32, **kw),
+    "dora": lambda **kw: peft.LoraConfig(r=16, lora_alpha=32, use_dora=True, **kw),
+    "adalora": lambda **kw: peft.AdaLoraConfig(init_r=12, target_r=8, lora_alpha=32, total_step=1000, **kw),
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_patched_step(compare, source, batches, method):  # noqa: F811
+    base = load_base(source, "bf16", torch.device("cpu"))
+    if method == "qlora":
+        base = to_bitsandbytes(base, peftkern.NF4Config(64, True))
+        base.is_loaded_in_4bit = True
+    config = CONFIGS[method](lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base, config)
+    ours = peftkern.patch(copy.deepcopy(theirs))
+    ours, theirs = Trainee(ours, batches), Trainee(theirs, batches)
+    assert ours.step() == pytest.approx(theirs.step(), abs=2e-2), "the first loss, before dropout has changed a weight"
+    compare(
+        f"SmolLM2-135M {method} step, {BATCH}x256, bf16, p=0.05, patched",
+        {"peftkern": ours.step, "HF PEFT": theirs.step},
+        seconds=25.0, rounds=(3, 9),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 64])
+def test_mixed_batch(compare, source, batches, length):  # noqa: F811
+    base = load_base(source, "bf16", torch.device("cpu"))
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    names = [f"adapter{i}" for i in range(8)]
+    theirs = peft.get_peft_model(base, config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    theirs.eval()
+    ours = peftkern.patch(copy.deepcopy(theirs))
+    ids = batches.reshape(-1)[: 8 * length].reshape(8, length)
+
+    def call(model, **kwargs):
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+    a, b = call(ours, adapter_names=names), call(theirs, adapter_names=names)
+    torch.testing.assert_close(a, b, atol=0.02 * b.abs().max().item(), rtol=0)
+    ours.set_adapter(names[0])
+    compare(
+        f"SmolLM2-135M, 8 rows x {length} tokens over 8 adapters, bf16, patched",
+        {
+            "peftkern": lambda: call(ours, adapter_names=names),
+            "HF PEFT": lambda: call(theirs, adapter_names=names),
+            "peftkern, one adapter for all rows": lambda: call(ours),
+        },
+        seconds=10.0, rounds=(5, 40),
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dora_norm against the float64 norms of the matrix that it never makes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftkern
+from peftkern.ops.dora_norm import dora_norm
+from peftkern.ops.tensor_cache import TensorCache
+
+
+def exact(weight, A, B, scaling):
+    dense = peftkern.dequantize_nf4(weight, torch.float32) if isinstance(weight, peftkern.NF4Weight) else weight
+    return (dense.double() + scaling * B.double() @ A.double()).norm(dim=1)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "columns", "r"), [(300, 192, 8), (17, 96, 1), (64, 64, 128), (5, 7, 3)])
+def test_equals_the_norm_of_the_whole_matrix(out, columns, r, dtype, nf4, isa):
+    W = torch.randn(out, columns).to(dtype)
+    A, B = torch.randn(r, columns).to(dtype), torch.randn(out, r).to(dtype)
+    weight = peftkern.quantize_nf4(W) if nf4 else W
+    norm = dora_norm(weight, A, B, 0.7)
+    assert norm.dtype == torch.float32 and not norm.requires_grad
+    torch.testing.assert_close(norm.double(), exact(weight, A, B, 0.7), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
+def test_where_the_adapter_cancels_the_weight(left):
+    """What is left of each row is a fraction of the two that are added; the error is bounded as documented."""
+    A, B = torch.randn(4, 256), torch.randn(96, 4)
+    W = -(B @ A) + left * torch.randn(96, 256)
+    size = W.double().norm(dim=1) + (B.double() @ A.double()).norm(dim=1)
+    error = (dora_norm(W, A, B).double() - exact(W, A, B, 1.0)).abs()
+    assert error.isfinite().all() and (error <= 3e-4 * size).all()
+    if left:  # the square's error is 1e-7 of the squares that are added
+        assert (error <= 4e-7 * size**2 / exact(W, A, B, 1.0)).all()
+
+
+def test_never_makes_a_matrix_of_the_weights_size():
+    """of float32 or float64, for a dense weight whose norms are in the cache."""
+    W, A, B = torch.randn(512, 512).bfloat16(), torch.randn(4, 512).bfloat16(), torch.randn(512, 4).bfloat16()
+    cache = TensorCache()
+    dora_norm(W, A, B, cache=cache)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        dora_norm(W, A, B, cache=cache)
+    assert 0 < largest <= 512 * 4
+
+
+def test_cache_follows_the_weight():
+    W, A, B, cache = torch.randn(16, 32), torch.randn(2, 32), torch.randn(16, 2), TensorCache()
+    first = dora_norm(W, A, B, cache=cache)
+    assert torch.equal(dora_norm(W, A, B, cache=cache), first)
+    W.mul_(2)
+    torch.testing.assert_close(dora_norm(W, A, B, cache=cache).double(), exact(W, A, B, 1.0), rtol=2e-6, atol=0)
+
+
+def test_wrong_shapes():
+    with pytest.raises(
+        ValueError, match=r"A, B: expected \[r, in\] and \[out, r\] for a weight \[16, 32\], got \[2, 16\]"
+    ):
+        dora_norm(torch.randn(16, 32), torch.randn(2, 16), torch.randn(16, 2))
