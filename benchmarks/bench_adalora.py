@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811 -- fixtures are imported by their names
 """AdaLoRA on SmolLM2-135M, 210 linear layers: what the allocator costs against HF PEFT's, what a step costs against a
 LoRA step of the same rank and against HF PEFT's AdaLoRA, and what pruning saves."""
 
@@ -9,11 +8,10 @@ import time
 
 import pytest
 import torch
-from bench_train_step import BATCH, LENGTH, Trainee, batches, source  # noqa: F401
 from conftest import ROWS, medians
+from train_step import BATCH, LENGTH, Trainee
 
 import peftkern
-from peftkern.finetune.model import load_base
 from peftkern.rank_allocator import adalora_layers
 
 peft = pytest.importorskip("peft")
@@ -66,8 +64,8 @@ def theirs(base, batches, r=RANK):
 
 
 @pytest.fixture(scope="module")
-def base(source):
-    return load_base(source, "bf16", torch.device("cpu"))
+def base(smollm2):
+    return smollm2
 
 
 def timed_calls(trainees, calls, rounds):

@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from bench_train_step import BATCH, Trainee, batches, source, to_bitsandbytes  # noqa: F401
+from train_step import BATCH, LENGTH, Trainee, to_bitsandbytes
 
 import peftkern
-from peftkern.finetune.model import load_base
 
 peft = pytest.importorskip("peft")
 
@@ -22,10 +21,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_patched_step(compare, source, batches, method):  # noqa: F811
-    base = load_base(source, "bf16", torch.device("cpu"))
+def test_patched_step(compare, smollm2, batches, method):
+    base = copy.deepcopy(smollm2)
     if method == "qlora":
-        base = to_bitsandbytes(base, peftkern.NF4Config(64, True))
+        to_bitsandbytes(base)
         base.is_loaded_in_4bit = True
     config = CONFIGS[method](lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(base, config)
@@ -33,15 +32,15 @@ def test_patched_step(compare, source, batches, method):  # noqa: F811
     ours, theirs = Trainee(ours, batches), Trainee(theirs, batches)
     assert ours.step() == pytest.approx(theirs.step(), abs=2e-2), "the first loss, before dropout has changed a weight"
     compare(
-        f"SmolLM2-135M {method} step, {BATCH}x256, bf16, p=0.05, patched",
+        f"SmolLM2-135M {method} step, {BATCH}x{LENGTH}, bf16, p=0.05, patched",
         {"peftkern": ours.step, "HF PEFT": theirs.step},
         seconds=25.0, rounds=(3, 9),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [1, 64])
-def test_mixed_batch(compare, source, batches, length):  # noqa: F811
-    base = load_base(source, "bf16", torch.device("cpu"))
+def test_mixed_batch(compare, smollm2, batches, length):
+    base = copy.deepcopy(smollm2)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     names = [f"adapter{i}" for i in range(8)]
     theirs = peft.get_peft_model(base, config, adapter_name=names[0])

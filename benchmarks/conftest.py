@@ -8,12 +8,32 @@ import time
 
 import pytest
 import torch
+import train_step
 
 import peftkern
 from peftkern.bench.measure import measure
 from peftkern.bench.report import cpu_name
+from peftkern.finetune.model import find_model, load_base
 
 ROWS: list[tuple[str, str, float, float, float]] = []  # case, peer, peftkern ms, peer ms, ratio
+
+
+def medians(providers: dict, seconds: float, rounds: tuple[int, int]) -> dict[str, float]:
+    """Median seconds of a call of each."""
+    calls = {name: lambda turn, call=call: call() for name, call in providers.items()}
+    return {name: t.p50 for name, t in measure(calls, seconds, rounds).items()}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """[steps, 4, 256] tokens for SmolLM2-135M."""
+    return train_step.token_batches(train_step.BATCH, train_step.LENGTH)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The frozen model in bf16. To be copied, not changed."""
+    return load_base(find_model(None), "bf16", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -21,8 +41,7 @@ def compare(benchmark):
     """compare(case, {"peftkern": f, "peer": g, ...}): adds a row a peer, and hands our call to pytest-benchmark."""
 
     def run(case: str, providers: dict, seconds: float = 4.0, rounds: tuple[int, int] = (5, 200)) -> dict[str, float]:
-        calls = {name: lambda turn, call=call: call() for name, call in providers.items()}
-        result = {name: t.p50 for name, t in measure(calls, seconds, rounds).items()}
+        result = medians(providers, seconds, rounds)
         ours = result["peftkern"]
         for name, t in result.items():
             if name != "peftkern":

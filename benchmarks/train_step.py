@@ -36,6 +36,7 @@ METHODS = ("lora", "qlora", "adalora")
 OURS, FLOOR = "peftkern", "frozen model, fwd+dx"
 QUANTIZE = peftkern.NF4Config(64, double_quant=True)
 RANK, ALPHA = 16, 32
+BATCH, LENGTH = 4, 256
 TOTAL_STEPS = 1000  # of AdaLoRA's schedule: its budget shrinks in every step that is timed
 
 
@@ -175,8 +176,8 @@ def _measure_memory(provider: str, method: str, batches: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--seconds", type=float, default=60.0, help="to time each method (default: %(default)s)")
     parser.add_argument("--loss-steps", type=int, default=20, help="steps of the loss curves, 0 for none")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory, each in its own process")
