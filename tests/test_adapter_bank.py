@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import assert_close
 from safetensors.torch import load_file, save_file
 from samples import BF16, F32
@@ -331,7 +332,7 @@ KEY = f"{PREFIX}0.lora_A.weight"
         (lambda t, c: c.update(r=3), r"expected shape \[3, "),
         (lambda t, c: c.update(r=5), "bad: .*: expected r <= 4, max_rank of the bank, got 5"),
         (lambda t, c: c.update(bias="all"), "bad: .*bias: expected \"none\", got 'all'"),
-        (lambda t, c: c.update(peft_type="IA3"), "bad: .*peft_type: expected LORA, got 'IA3'"),
+        (lambda t, c: c.update(peft_type="IA3"), "bad: .*peft_type: expected LORA or ADALORA, got 'IA3'"),
         (lambda t, c: t.update({f"{PREFIX}9.lora_A.weight": torch.zeros(2, 2)}), "9: expected a layer of the bank"),
         (lambda t, c: t.update({f"{PREFIX}0.weight": torch.zeros(2)}), "expected lora_A and lora_B of linear layers"),
         (lambda t, c: t.clear(), "bad: .*expected lora_A and lora_B of some layers, got none"),

@@ -105,6 +105,7 @@ def test_table_and_ratio():
 
 
 def test_command_writes_json_and_plots(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     swept = [
         small("lora", sweep="M"),
         small("lora", rows=8, sweep="M"),
@@ -143,6 +144,7 @@ def test_list(capsys):
 
 
 def test_plots_of_one_kind_only(tmp_path):
+    pytest.importorskip("matplotlib")
     timings = {"peftkern": Timing(1, 1, 1, 5), "peer": Timing(2, 2, 2, 5)}
     result = report.Result(small("lora"), timings, {}, 1e9, 1e6, 0.25, "memory")
     written = plots.write(tmp_path, report.environment(LIMITS), LIMITS, [result], report.table([result]))
