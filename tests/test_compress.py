@@ -604,3 +604,19 @@ def test_in_place(tmp_path):
     compress(tmp_path / "a", rank=2, output=tmp_path / "a")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_model_of_adalora_becomes_lora():
+    model = peftkern.adapt(
+        nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)),
+        peftkern.AdaLoraConfig(init_r=5, target_r=2, total_step=10),
+    ).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.lora_E.copy_(torch.tensor([[1.5], [-0.5], [0.0], [2.0], [0.0]]))
+    x = torch.randn(7, 24)
+    expected = model(x)
+    report = peftkern.compress(model, energy=1.0)
+    assert {name: c.rank for name, c in report.layers.items()} == {"0": 3, "2": 3}
+    assert type(model[0]) is peftkern.LoRALinear
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)

@@ -91,7 +91,7 @@ def table(found: list[Usage]) -> str:
         f"Made by `python tools/ptxas_report.py` with nvcc {nvcc_version()} and the flags of setup.py;",
         "`tests/test_ptxas.py` compares it and fails on any spill. The figures are the compiler's, not a GPU's.",
         "",
-        "Registers a thread; blocks have 256 threads, those of `absmax_mean_kernel` 1,024. A multiprocessor has 65,536",
+        "Registers a thread; most blocks have 256 threads (`__launch_bounds__`). A multiprocessor has 65,536",
         "registers: 128 a thread allow 2 such blocks, 255 allow one. Stack frame and spills are 0 bytes unless a cell",
         "says otherwise. Shared memory is static, in bytes.",
         "",
