@@ -400,6 +400,10 @@ def _adapted(case: Case, quantized: bool) -> Work:
     def peft(fp32: bool) -> Callable[[], nn.Module]:
         return lambda: _peft_layer(_bnb_linear(case, w) if quantized else linear(), a, b, case, fp32)
 
+    def compiled() -> nn.Module:
+        torch._dynamo.reset()  # otherwise it stops compiling after a few cases
+        return torch.compile(_PlainLoRA(dense, a, b, case))
+
     add(OURS, ours)
     add(FLOOR, linear)
     add("HF PEFT + bitsandbytes" if quantized else "HF PEFT", peft(True))
@@ -408,7 +412,7 @@ def _adapted(case: Case, quantized: bool) -> Work:
     if not quantized:
         add("plain torch", lambda: _PlainLoRA(dense, a, b, case))
         if case.layers == 1:
-            add("torch.compile", lambda: torch.compile(_PlainLoRA(dense, a, b, case)))
+            add("torch.compile", compiled)
     return work
 
 
