@@ -225,14 +225,16 @@ class _PatchedLayer(_Patched):
     _kind: ClassVar[str]
 
     def _adapter_reason(self, name: str) -> str | None:
-        raise NotImplementedError
+        """Why the adapter cannot be fused, or None."""
+        raise NotImplementedError(f"{type(self).__name__}._adapter_reason")
 
     def _part(self, name: str) -> _Part:
-        raise NotImplementedError
+        """The modules of an adapter that can be fused."""
+        raise NotImplementedError(f"{type(self).__name__}._part")
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """A [r, in], B [out, r], lam [r] or None, scaling."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}._factors")
 
     # ---- the call
 

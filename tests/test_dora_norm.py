@@ -39,8 +39,8 @@ def test_where_the_adapter_cancels_the_weight(left):
         assert (error <= 4e-7 * size**2 / exact(W, A, B, 1.0)).all()
 
 
-def test_never_makes_a_matrix_of_the_weights_size():
-    """of float32 or float64, for a dense weight whose norms are in the cache."""
+def test_never_makes_the_adapted_weight():
+    """Nothing that torch makes outside the product is larger than B, where the weight's own norms are in the cache."""
     W, A, B = torch.randn(512, 512).bfloat16(), torch.randn(4, 512).bfloat16(), torch.randn(512, 4).bfloat16()
     cache = TensorCache()
     dora_norm(W, A, B, cache=cache)
@@ -50,7 +50,7 @@ def test_never_makes_a_matrix_of_the_weights_size():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            if isinstance(result, torch.Tensor) and function is not torch.ops.peftkern.adapted_linear.default:
                 largest = max(largest, result.numel())
             return result
 

@@ -26,7 +26,8 @@ def dora_norm(
 
         norm[n]^2 = |W[n]|^2 + 2 scaling B[n] · P[n] + scaling^2 B[n] G B[n]ᵀ
 
-    P is one product of r rows with the weight, as a layer makes it. |W[n]|^2 is that of a frozen weight: a cache keeps
+    P is one product of r rows with the weight, in float32: a weight of another dtype is cast for it, an NF4
+    one dequantized (on the CPU only where r is above 8). |W[n]|^2 is that of a frozen weight: a cache keeps
     it between calls. The three terms are added in float64, but P is float32: the square is off by some 1e-7 of the
     squares that are added. Where ``scaling * B A`` cancels a row of W, that is all there is: up to 3e-4 of
     |W[n]| + |scaling B A[n]|.
