@@ -58,8 +58,12 @@ def test_mixed_batch(compare, smollm2, batches, length):
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False, **kwargs).logits
 
-    a, b = call(ours, adapter_names=names), call(theirs, adapter_names=names)
-    torch.testing.assert_close(a, b, atol=0.02 * b.abs().max().item(), rtol=0)
+    # In float32: in bfloat16 both are some 4% of the largest logit from that, after 30 layers of random adapters.
+    exact = copy.deepcopy(theirs).float()
+    expected = call(exact, adapter_names=names)
+    got = call(peftkern.patch(exact), adapter_names=names)
+    torch.testing.assert_close(got, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+    del exact
     ours.set_adapter(names[0])
     compare(
         f"SmolLM2-135M, 8 rows x {length} tokens over 8 adapters, bf16, patched",
