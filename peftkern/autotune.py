@@ -44,7 +44,7 @@ def autotune(setting: bool | str | os.PathLike[str]) -> None:
         _path = None
         ops.set_autotune(setting)
         return
-    path = Path(setting)
+    path = Path(setting).absolute()  # the working directory may be another one when it is written
     lines = _read(path)
     _path = path
     ops.add_timed_products(lines)

@@ -115,6 +115,16 @@ def test_file_keeps_timings_and_those_of_others(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["timings.json"]
 
 
+def test_a_relative_path_is_that_of_the_call(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    peftkern.autotune("t.json")
+    layer()(torch.randn(2, 128))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    peftkern.autotune(False)
+    assert (tmp_path / "t.json").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_file_is_written_at_exit(tmp_path):
     code = "import torch, peftkern; peftkern.autotune('t.json'); peftkern.nf4_linear(torch.randn(2, 128), " \
            "peftkern.quantize_nf4(torch.randn(64, 128)))"  # fmt: skip
