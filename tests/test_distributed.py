@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import leave_together
 from torch import nn
 
 import peftkern
@@ -96,19 +97,22 @@ def worker(rank: int, world: int, folder: str, cases: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
     results = {}
-    try:
-        for case in cases:
-            results[case] = globals()[f"case_{case}"](Path(folder))
-            dist.barrier()
-        torch.save(results, f"{folder}/result-{world}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    for case in cases:
+        results[case] = globals()[f"case_{case}"](Path(folder))
+        dist.barrier()
+    files = [result_file(Path(folder), world, r) for r in range(world)]
+    torch.save(results, files[rank])
+    leave_together(files[rank], files)
+
+
+def result_file(folder: Path, world: int, rank: int) -> Path:
+    return folder / f"result-{world}-{rank}.pt"
 
 
 def run(folder: Path, world: int, cases: tuple[str, ...]) -> list[dict]:
     """One dict of results a process."""
     mp.spawn(worker, (world, str(folder), cases), nprocs=world)
-    return [torch.load(folder / f"result-{world}-{rank}.pt") for rank in range(world)]
+    return [torch.load(result_file(folder, world, rank)) for rank in range(world)]
 
 
 def mesh():

@@ -4,6 +4,7 @@
 import copy
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from adalora_models import NAMES, adamw, adapted, batches, config, copy_from_pef
 from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import leave_together
 from torch import nn
 
 import peftkern
@@ -520,8 +522,9 @@ def replica(rank, folder):
         data,
         after=lambda: masks.append(None if allocator.keep is None else allocator.keep.clone()),
     )
-    torch.save({"masks": masks, "E": [m.lora_E.detach() for m in allocator.layers.values()]}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    results = [Path(folder) / f"{r}.pt" for r in range(2)]
+    torch.save({"masks": masks, "E": [m.lora_E.detach() for m in allocator.layers.values()]}, results[rank])
+    leave_together(results[rank], results)
 
 
 @pytest.mark.slow
