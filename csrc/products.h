@@ -59,7 +59,7 @@ inline std::string common_description(const Terms& t, int64_t rows, ScalarType d
   std::ostringstream text;
   text << " M<=" << bucket(rows) << ' ' << t.in << 'x' << t.out << ' ' << name_of(dtype) << " weight ";
   if (t.absmax) {
-    text << "NF4/" << t.block_size;
+    text << "NF4/" << t.block_size << (t.absmax->nested() ? " nested" : "");
   } else {
     text << name_of(t.weight.scalar_type());
   }

@@ -24,7 +24,7 @@ inline Nf4Product nf4_product(const Terms& t, const Tensor& x, const Tensor& pac
 inline Tensor tiles_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {
   const Terms& t = p.terms;
   Tensor y = empty(p.x, {p.rows(), t.out}, p.x.scalar_type());
-  backend.nf4_tiles(nf4_product(t, p.x, dense(t.weight), dense(*t.absmax), float_vector(bias), y), false);
+  backend.nf4_tiles(nf4_product(t, p.x, dense(t.weight), t.absmax->floats(backend), float_vector(bias), y), false);
   return y;
 }
 
@@ -39,7 +39,7 @@ bool tiles_accept(const Product& p, const Tensor& x, const cpu::Nf4Tiles* tiles)
 inline Tensor few_rows_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {
   const Terms& t = p.terms;
   Tensor y = empty(p.x, {p.rows(), t.out}, p.x.scalar_type());
-  const Tensor packed = dense(t.weight), absmax = dense(*t.absmax);
+  const Tensor packed = dense(t.weight), absmax = t.absmax->floats(backend);
   const OptionalTensor offset = float_vector(bias);
   backend.nf4_few_rows(nf4_product(t, p.x, packed, absmax, offset, y));
   return y;
@@ -67,7 +67,7 @@ inline constexpr Way<CpuBackend, GradientProduct> kCpuGradient[] = {
      [](const CpuBackend& backend, const GradientProduct& p) {
        const Terms& t = p.terms;
        Tensor dx = empty(p.q, {p.rows(), t.in}, p.q.scalar_type());
-       backend.nf4_tiles(nf4_product(t, p.q, dense(t.weight), dense(*t.absmax), std::nullopt, dx), true);
+       backend.nf4_tiles(nf4_product(t, p.q, dense(t.weight), t.absmax->floats(backend), std::nullopt, dx), true);
        return add_low_rank(backend, p, dx);
      }},
     kLibraryGradient<CpuBackend>,
