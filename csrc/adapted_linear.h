@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
   PEFTKERN_CHECK(absmax || weight.dim() != 2 || weight.size(1) == x.size(x.dim() - 1), "x: expected shape [..., ",
                  weight.size(1), "] for weight ", shape_string(weight.sizes()), ", got ", shape_string(x.sizes()));
   Terms t{weight,
-          optional_absmax(absmax, nested_absmax, offset),
+          nf4_scales(absmax, nested_absmax, offset),
           block_size,
           x.size(x.dim() - 1),
           out_features,
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
   Terms t{weight,
-          optional_absmax(absmax, nested_absmax, offset),
+          nf4_scales(absmax, nested_absmax, offset),
           block_size,
           in_features,
           grad.size(grad.dim() - 1),

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
   PEFTKERN_CHECK(out_features >= 0, "out_features: expected >= 0, got ", out_features);
   PEFTKERN_CHECK(absmax || weight.dim() != 2 || weight.size(1) == x.size(x.dim() - 1), "x: expected shape [..., ",
                  weight.size(1), "] for weight ", shape_string(weight.sizes()), ", got ", shape_string(x.sizes()));
-  Terms t{weight,       optional_absmax(absmax, nested_absmax, offset),
+  Terms t{weight,       nf4_scales(absmax, nested_absmax, offset),
           block_size,   x.size(x.dim() - 1),
           out_features, 0,
           {},           {},
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_linear_backward(
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
   Terms t{weight,
-          optional_absmax(absmax, nested_absmax, offset),
+          nf4_scales(absmax, nested_absmax, offset),
           block_size,
           in_features,
           grad.size(grad.dim() - 1),

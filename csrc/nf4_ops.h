@@ -27,7 +27,7 @@ inline void check_nested(const Tensor& codes, const char* name, const Tensor& ne
 }
 
 // The scales of an NF4 weight: float32, or with double quantization uint8 codes and what decodes them.
-struct Absmax {
+struct Nf4Scales {
   Tensor values;                         // [blocks] float32, or uint8 with both of
   OptionalTensor nested_absmax, offset;  // [ceil(blocks / 256)] and [], float32
 
@@ -49,7 +49,7 @@ struct Absmax {
 };
 
 // packed [ceil(n / 2)] uint8 and ceil(n / block_size) scales of n weights, in any shape.
-inline void check_nf4(const Tensor& packed, const Absmax& absmax, int64_t n, int64_t block_size) {
+inline void check_nf4(const Tensor& packed, const Nf4Scales& absmax, int64_t n, int64_t block_size) {
   check_block_size(block_size);
   check_dtype(packed, ScalarType::Byte, "packed");
   absmax.check();
@@ -61,7 +61,7 @@ inline void check_nf4(const Tensor& packed, const Absmax& absmax, int64_t n, int
 }
 
 template <class Backend>
-Tensor dequantize(const Backend& backend, const Tensor& packed, const Absmax& absmax, int64_t block_size,
+Tensor dequantize(const Backend& backend, const Tensor& packed, const Nf4Scales& absmax, int64_t block_size,
                   const std::vector<int64_t>& shape, ScalarType dtype) {
   Tensor out = backend.empty_weight(packed, shape, dtype);
   const Tensor p = dense(packed), s = absmax.floats(backend);
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size) {
 template <class Backend>
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                       const OptionalTensor& offset, int64_t block_size, std::vector<int64_t> shape, ScalarType dtype) {
-  const Absmax scales{absmax, nested_absmax, offset};
+  const Nf4Scales scales{absmax, nested_absmax, offset};
   check_nf4(packed, scales, element_count(shape, "shape"), block_size);
   return dequantize(Backend(packed), packed, scales, block_size, shape, dtype);
 }
@@ -136,7 +136,7 @@ Tensor decoded(const Backend& backend, const Tensor& codes, const Tensor& nested
 }
 
 template <class Backend>
-Tensor Absmax::floats(const Backend& backend) const {
+Tensor Nf4Scales::floats(const Backend& backend) const {
   return nested() ? decoded(backend, values, *nested_absmax, *offset) : dense(values);
 }
 
