@@ -4,8 +4,8 @@
 //   y = out_scale * (x W^T + s u B^T) + bias        the forward product, u [rows, rank] float32 given
 //   dx = q W + mask * (dh A)                        the gradient product, dh [rows, rank] float32 given
 //
-// A way is a row {name, accepts, make} of a table. csrc/<device>/products.h has the tables, best row first, plainest
-// last; the rows that work on any device are here.
+// A way is a row {name, accepts, make, pays} of a table. csrc/<device>/products.h has the tables, best row first,
+// plainest last; the rows that work on any device are here.
 #pragma once
 #include <span>
 
@@ -38,6 +38,7 @@ struct Way {
   const char* name;
   bool (*accepts)(const Product&);
   Tensor (*make)(const Backend&, const Product&);
+  bool (*pays)(const Product&) = nullptr;  // the rule where nothing is forced or timed; null: wherever it accepts
 };
 
 // The tables. Specialised in csrc/<device>/products.h.
@@ -104,7 +105,7 @@ const Way<Backend, Product>* timed_way(const Backend& backend, const Product& pr
 }
 
 // Makes a product: by the way that set_product() forces, else the fastest if peftkern.autotune is on, else the first
-// row that accepts.
+// row that accepts and pays.
 template <class Backend, class Product>
 Tensor make(const Backend& backend, const Product& product) {
   const std::string forced = forced_product(direction(product));
@@ -112,7 +113,7 @@ Tensor make(const Backend& backend, const Product& product) {
     if (const auto* way = timed_way(backend, product)) return way->make(backend, product);
   }
   for (const auto& way : ways<Backend, Product>()) {
-    if (!forced.empty() && forced != way.name) continue;
+    if (forced.empty() ? way.pays && !way.pays(product) : forced != way.name) continue;
     if (way.accepts(product)) return way.make(backend, product);
   }
   fail(direction(product), " product: \"", forced, "\" is forced and takes no ", product.rows(),
