@@ -131,13 +131,13 @@ Tensor library_base(const Backend& backend, const ForwardProduct& p, const Optio
 }
 
 // Makes y of the base product that base(backend, p, bias) gives, and adds the low-rank part and what else there is in
-// one pass. The bias rides in the base product unless out_scale has to come between.
+// one pass. The bias rides in the base product unless that takes none, or out_scale has to come between.
 template <class Backend, class Base>
-Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base) {
+Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base, bool takes_bias = true) {
   const Terms& t = p.terms;
-  const bool late_bias = t.out_scale.has_value();
+  const bool late_bias = p.bias && (t.out_scale || !takes_bias);
   Tensor y = base(backend, p, late_bias ? std::nullopt : p.bias);
-  if (!p.rows() || !(p.u || t.out_scale || p.z)) return y;
+  if (!p.rows() || !(p.u || t.out_scale || p.z || late_bias)) return y;
   const OptionalTensor scale = float_vector(t.out_scale);
   const OptionalTensor late = late_bias ? float_vector(p.bias) : std::nullopt;
   const OptionalTensor b = p.u ? OptionalTensor(dense(*t.B)) : std::nullopt;
