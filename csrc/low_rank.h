@@ -29,6 +29,7 @@ struct LowRankDown {
 
 // y = out_scale * (y + alpha * mask(u F)) + bias, in place          y0 + s * u B^T  and  dx = q W + mask * (dh A)
 // mask(t) is drop(t): t / (1 - p) where kept, else 0. z, if given, receives y before out_scale and bias.
+// Without accumulate the y on the right is 0, and y is only written.
 struct LowRankUp {
   const float* u;  // [rows, rank]
   int64_t rows, columns, rank;
@@ -38,8 +39,9 @@ struct LowRankUp {
   const float* out_scale;  // [columns] or null
   const float* bias;       // [columns] or null
   void* z;                 // [rows, columns], y_dtype, or null
-  void* y;                 // [rows, columns], y_dtype; read and written
+  void* y;                 // [rows, columns], y_dtype
   DType y_dtype;
+  bool accumulate = true;
 };
 
 // grad = alpha * u^T drop(x), stored in the layout and dtype of the factor     dA = dh^T drop(x)  and  dB = s * q^T u

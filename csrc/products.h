@@ -130,16 +130,12 @@ Tensor library_base(const Backend& backend, const ForwardProduct& p, const Optio
                 bias ? OptionalTensor(to_dtype(*bias, dtype)) : std::nullopt);
 }
 
-// Makes y of the base product that base(backend, p, bias) gives, and adds the low-rank part and what else there is in
-// one pass. The bias rides in the base product unless that takes none, or out_scale has to come between.
-template <class Backend, class Base>
-Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base, bool takes_bias = true) {
+// y = out_scale * (y + s u B^T) + bias in one pass, in place or, without accumulate, with 0 for the second y.
+template <class Backend>
+void low_rank_pass(const Backend& backend, const ForwardProduct& p, const OptionalTensor& bias, Tensor& y,
+                   bool accumulate) {
   const Terms& t = p.terms;
-  const bool late_bias = p.bias && (t.out_scale || !takes_bias);
-  Tensor y = base(backend, p, late_bias ? std::nullopt : p.bias);
-  if (!p.rows() || !(p.u || t.out_scale || p.z || late_bias)) return y;
-  const OptionalTensor scale = float_vector(t.out_scale);
-  const OptionalTensor late = late_bias ? float_vector(p.bias) : std::nullopt;
+  const OptionalTensor scale = float_vector(t.out_scale), offset = float_vector(bias);
   const OptionalTensor b = p.u ? OptionalTensor(dense(*t.B)) : std::nullopt;
   backend.low_rank_up({.u = const_floats(p.u),
                        .rows = p.rows(),
@@ -149,10 +145,22 @@ Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base
                        .alpha = static_cast<float>(t.scaling),
                        .dropout = {},
                        .out_scale = const_floats(scale),
-                       .bias = const_floats(late),
+                       .bias = const_floats(offset),
                        .z = p.z ? p.z->mutable_data_ptr() : nullptr,
                        .y = y.mutable_data_ptr(),
-                       .y_dtype = dtype_of(y, "y")});
+                       .y_dtype = dtype_of(y, "y"),
+                       .accumulate = accumulate});
+}
+
+// Makes y of the base product that base(backend, p, bias) gives, and adds the low-rank part and what else there is in
+// one pass. The bias rides in the base product unless that takes none, or out_scale has to come between.
+template <class Backend, class Base>
+Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base, bool takes_bias = true) {
+  const bool late_bias = p.bias && (p.terms.out_scale || !takes_bias);
+  Tensor y = base(backend, p, late_bias ? std::nullopt : p.bias);
+  if (p.rows() && (p.u || p.terms.out_scale || late_bias || p.z)) {
+    low_rank_pass(backend, p, late_bias ? p.bias : std::nullopt, y, /*accumulate=*/true);
+  }
   return y;
 }
 
@@ -161,11 +169,25 @@ constexpr Way<Backend, ForwardProduct> kLibraryForward = {
     "library", [](const ForwardProduct&) { return true; },
     [](const Backend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, library_base<Backend>); }};
 
-// dx += mask * (dh A), in place
+// y = s u B^T + bias first, then the library adds x W^T to it: y is written, then read and written inside of the
+// product, where the pass after a library's product reads and writes it by itself. As there, y is rounded to its dtype
+// between the two terms; here it is the smaller one that is rounded twice.
 template <class Backend>
-Tensor add_low_rank(const Backend& backend, const GradientProduct& p, Tensor dx) {
+constexpr Way<Backend, ForwardProduct> kLibraryAccumulateForward = {
+    "library_accumulate",
+    [](const ForwardProduct& p) { return Backend::addmm() && p.rows() > 0 && p.u && !p.terms.out_scale && !p.z; },
+    [](const Backend& backend, const ForwardProduct& p) {
+      const ScalarType dtype = p.x.scalar_type();
+      Tensor y = empty(p.x, {p.rows(), p.terms.out}, dtype);
+      low_rank_pass(backend, p, p.bias, y, /*accumulate=*/false);
+      add_product<Backend>(y, p.x, call_aten("aten::t", "", p.terms.dense_weight(backend, dtype)));
+      return y;
+    }};
+
+// dx = dx + mask * (dh A), or without accumulate only the second term
+template <class Backend>
+void low_rank_pass(const Backend& backend, const GradientProduct& p, Tensor& dx, bool accumulate) {
   const Terms& t = p.terms;
-  if (!p.rows() || !p.dh) return dx;
   const Tensor a = dense(*t.A);
   backend.low_rank_up({.u = const_floats(p.dh),
                        .rows = p.rows(),
@@ -178,7 +200,14 @@ Tensor add_low_rank(const Backend& backend, const GradientProduct& p, Tensor dx)
                        .bias = nullptr,
                        .z = nullptr,
                        .y = dx.mutable_data_ptr(),
-                       .y_dtype = dtype_of(dx, "grad")});
+                       .y_dtype = dtype_of(dx, "grad"),
+                       .accumulate = accumulate});
+}
+
+// dx += mask * (dh A), in place
+template <class Backend>
+Tensor add_low_rank(const Backend& backend, const GradientProduct& p, Tensor dx) {
+  if (p.rows() && p.dh) low_rank_pass(backend, p, dx, /*accumulate=*/true);
   return dx;
 }
 
@@ -187,6 +216,18 @@ constexpr Way<Backend, GradientProduct> kLibraryGradient = {
     "library", [](const GradientProduct&) { return true; },
     [](const Backend& backend, const GradientProduct& p) {
       return add_low_rank(backend, p, product(p.q, p.terms.dense_weight(backend, p.q.scalar_type())));
+    }};
+
+// As for the forward product; the mask is on the term that comes first, so dropout makes no difference.
+template <class Backend>
+constexpr Way<Backend, GradientProduct> kLibraryAccumulateGradient = {
+    "library_accumulate", [](const GradientProduct& p) { return Backend::addmm() && p.rows() > 0 && p.dh; },
+    [](const Backend& backend, const GradientProduct& p) {
+      const ScalarType dtype = p.q.scalar_type();
+      Tensor dx = empty(p.q, {p.rows(), p.terms.in}, dtype);
+      low_rank_pass(backend, p, dx, /*accumulate=*/false);
+      add_product<Backend>(dx, p.q, p.terms.dense_weight(backend, dtype));
+      return dx;
     }};
 
 // Tells choice.h what the tables of a backend hold.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The little that the ops need from torch's stable ABI beyond what its headers offer: named checks and calls of aten.
 #pragma once
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -88,6 +89,17 @@ Tensor call_aten(const char* op, const char* overload, const Args&... args) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+// A function of a library that torch has loaded, or null: what the stable ABI lacks, without linking to that library.
+template <class Function>
+Function library_function(const char* library, const char* name) {
+  void* loaded = dlopen(library, RTLD_NOLOAD | RTLD_LAZY);
+  return loaded ? reinterpret_cast<Function>(dlsym(loaded, name)) : nullptr;
+}
+
+// The library's out = beta * self + alpha * a b, which the stable ABI cannot call: it passes no scalars.
+using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
+                                 double beta, double alpha);
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);

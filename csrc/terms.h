@@ -116,4 +116,10 @@ inline Tensor product(const Tensor& a, const Tensor& b) {
   return dense(to_dtype(call_aten("aten::mm", "", a, b), a.scalar_type()));
 }
 
+// y += a b, in place: with out and self the same tensor the library copies nothing first. All of one dtype.
+template <class Backend>
+void add_product(Tensor& y, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(Backend::addmm()(y.get(), y.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
 }  // namespace peftkern

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from samples import BF16, F32, SAMPLES, SMALL, Sample
+from samples import BF16, F16, F32, SAMPLES, SMALL, Sample
 
 import peftkern
 from peftkern import NF4Config, reference
@@ -239,6 +239,28 @@ def test_every_way_to_make_a_product_equals_the_reference(direction, name, isa):
         assert not taken
         pytest.skip("only amx makes products of tiles")
     assert taken >= 3
+
+
+@pytest.mark.parametrize("weight", [BF16, NF4Config(64)], ids=["dense", "nf4"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_library_accumulate_rounds_the_smaller_term_once_more(dtype, weight):
+    """Each value within half a unit of the low-rank term and half a unit of the result, and fp32 sums."""
+    ops.set_product("forward", "library_accumulate")
+    ops.set_product("gradient", "library_accumulate")
+    call = Sample((70,), 192, 130, 8, dtype, weight, dropout=0.2, bias=True).make()
+    for t in (call.trainable["A"], call.trainable["bias"]):
+        t.data *= 0.1
+    y = call.run()
+    y.backward(torch.ones_like(y))
+    expected, leaves = call.reference()
+    expected.backward(torch.ones_like(expected))
+    base = call.dense_weight().double()
+    terms = {"y": (y, expected, leaves["x"] @ base.T), "dx": (call.x.grad, leaves["x"].grad, base.sum(0))}
+    for name, (got, value, product) in terms.items():
+        low_rank, half = (value - product).abs(), 0.501 * torch.finfo(dtype).eps
+        assert low_rank.mean() < 0.5 * value.abs().mean(), "not the smaller term"
+        error = (got.double() - value).abs()
+        assert (error <= half * (low_rank + value.abs()) + 1e-5).all(), name
 
 
 TILE_SHAPES = [(3, 64, 37), (33, 1056, 300), (600, 2080, 530), (70, 4128, 50)]  # more than a block each way, ragged

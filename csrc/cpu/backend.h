@@ -26,6 +26,11 @@ class CpuBackend {
   bool may_time() const { return true; }
   double seconds(const Tensor& like, const std::function<void()>& call) const;
 
+  static Addmm addmm() {
+    static const auto function = library_function<Addmm>("libtorch_cpu.so", "aoti_torch_cpu_addmm_out");
+    return function;
+  }
+
   void low_rank_down(const LowRankDown&) const;
   void low_rank_up(const LowRankUp&) const;
   void low_rank_grad(const LowRankGrad&) const;

@@ -2,7 +2,6 @@
 // CUDA as csrc/adapted_linear.h and csrc/nf4_ops.h see it: the launchers of kernels.h on the device and current stream
 // of a tensor, with errors as exceptions. CpuBackend has the same members.
 #pragma once
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,14 +14,10 @@
 namespace peftkern {
 
 // torch's current stream. Stream::nativeHandle() would be the way, but needs torch 2.13; and linking libtorch_cuda
-// would keep the extension from loading in a CPU build of torch. So the symbol is looked up in the library torch has
-// loaded.
+// would keep the extension from loading in a CPU build of torch.
 inline cudaStream_t current_cuda_stream(int32_t device) {
   using GetStream = int32_t (*)(int32_t device, void** stream);
-  static const GetStream get_stream = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
+  static const auto get_stream = library_function<GetStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   STD_TORCH_CHECK(get_stream && get_stream(device, &stream) == 0, "peftkern: this build of torch has no CUDA stream");
   return static_cast<cudaStream_t>(stream);
@@ -44,6 +39,11 @@ class CudaBackend {
   std::string identity() const;
   bool may_time() const;
   double seconds(const Tensor& like, const std::function<void()>& call) const;
+
+  static Addmm addmm() {
+    static const auto function = library_function<Addmm>("libtorch_cuda.so", "aoti_torch_cuda_addmm_out");
+    return function;
+  }
 
   void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
   void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }

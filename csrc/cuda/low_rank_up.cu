@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// LowRankUp of low_rank.h:  y = out_scale * (y + alpha * mask(u F)) + bias, in place; z receives y before the scale
+// LowRankUp of low_rank.h:  y = out_scale * (y + alpha * mask(u F)) + bias, in place or, without accumulate, with 0 for
+// the second y; z receives y before the scale
 //
 // Bound by reading and writing y, which is touched exactly once, when the sum over the rank is complete in registers. A
 // block makes a tile of 64 rows x 128 columns; a thread makes one chunk in each of 4 rows. With rank 0 the sum is empty
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(kUpThreads) low_rank_up_kernel(LowRankUp args)
 #pragma unroll
   for (int i = 0; i < kUpThreadRows; ++i) {
     const int64_t row = first_row + row_group + i * kUpRowGroups;
-    y_chunk[i].load(static_cast<const T*>(args.y) + row * args.columns + column, row < args.rows ? valid : 0,
-                    y_aligned);
+    y_chunk[i].load(static_cast<const T*>(args.y) + row * args.columns + column,
+                    args.accumulate && row < args.rows ? valid : 0, y_aligned);
   }
 #pragma unroll
   for (int i = 0; i < kUpThreadRows; ++i) {

@@ -7,10 +7,12 @@
 namespace peftkern {
 
 inline constexpr Way<CudaBackend, ForwardProduct> kCudaForward[] = {
+    kLibraryAccumulateForward<CudaBackend>,
     kLibraryForward<CudaBackend>,
 };
 
 inline constexpr Way<CudaBackend, GradientProduct> kCudaGradient[] = {
+    kLibraryAccumulateGradient<CudaBackend>,
     kLibraryGradient<CudaBackend>,
 };
 

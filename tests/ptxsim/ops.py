@@ -78,7 +78,7 @@ class LowRankUp(ctypes.Structure):
     _fields_ = [
         ("u", c_void_p), ("rows", c_int64), ("columns", c_int64), ("rank", c_int64), ("factor", Factor),
         ("alpha", c_float), ("dropout", Dropout), ("out_scale", c_void_p), ("bias", c_void_p), ("z", c_void_p),
-        ("y", c_void_p), ("y_dtype", c_int32),
+        ("y", c_void_p), ("y_dtype", c_int32), ("accumulate", c_bool),
     ]  # fmt: skip
 
     def operands(self) -> Iterator[Operand]:
@@ -89,7 +89,7 @@ class LowRankUp(ctypes.Structure):
         yield Operand("out_scale", self.columns * 4, READ)
         yield Operand("bias", self.columns * 4, READ)
         yield Operand("z", matrix, WRITE)
-        yield Operand("y", matrix, UPDATE)
+        yield Operand("y", matrix, UPDATE if self.accumulate else WRITE)
 
 
 class LowRankGrad(ctypes.Structure):

@@ -114,8 +114,9 @@ def _low_rank_down(rows, columns, rank, x=F32, factor=F32, rank_major=True, p=0.
 
 
 def _low_rank_up(
-    rows, columns, rank, y=F32, factor=F32, rank_major=True, p=0.0, out_scale=True, bias=True, z=True, misaligned=0
-) -> Problem:
+    rows, columns, rank, y=F32, factor=F32, rank_major=True, p=0.0, out_scale=True, bias=True, z=True, misaligned=0,
+    accumulate=True,
+) -> Problem:  # fmt: skip
     problem, alpha = Problem(), 1.25
     u, before = random(rows, rank), random(rows, columns, dtype=y)
     scale, shift = random(columns), random(columns)
@@ -126,13 +127,16 @@ def _low_rank_up(
         out_scale=problem.place("out_scale", scale, misaligned) if out_scale else None,
         bias=problem.place("bias", shift) if bias else None,
         z=problem.reserve("z", rows * columns, TORCH_DTYPE[y]) if z else None,
-        y=problem.place("y", before, misaligned), y_dtype=y,
+        y=problem.place("y", before, misaligned) if accumulate
+        else problem.reserve("y", rows * columns, TORCH_DTYPE[y], misaligned),
+        y_dtype=y, accumulate=accumulate,
     )  # fmt: skip
 
     def check() -> None:
         dtype = TORCH_DTYPE[y]
-        expected = before.double() + alpha * drop(u.double() @ f, p)
-        magnitude = before.double().abs() + alpha * drop(u.double().abs() @ f.abs(), p)
+        start = before.double() * accumulate
+        expected = start + alpha * drop(u.double() @ f, p)
+        magnitude = start.abs() + alpha * drop(u.double().abs() @ f.abs(), p)
         if z:
             assert_sums(problem.result("z", dtype, rows, columns), expected, magnitude, "low_rank_up z")
         if out_scale:
@@ -334,6 +338,7 @@ def _low_rank_cases():
         extras = dict(out_scale=out_scale, bias=bias, z=z)
         yield case("low_rank_up", rows=20, columns=136, rank=0, y=BF16, **extras)
         yield case("low_rank_up", rows=20, columns=136, rank=4, y=F16, p=0.1, **extras)
+        yield case("low_rank_up", rows=67, columns=131, rank=5, y=DTYPES[bias + z], p=0.1, **extras, accumulate=False)
     for g, z in itertools.product(DTYPES, (False, True)):
         for rows, columns in ((37, 131), (300, 64), (0, 40), (1, 1), (513, 16), (64, 4096), (5, 0)):
             yield case("column_sums", rows=rows, columns=columns, g=g, z=z)

@@ -122,7 +122,7 @@ void low_rank_down(const LowRankDown& a, const float* packed, float* scratch, in
   dispatch(a.x_dtype, [&](auto tag) { down_rows<decltype(tag)>(a, packed, scratch, row0, row1); });
 }
 
-// ---- up: y = out_scale * (y + alpha * mask(u F)) + bias -------------------------------------------------------------
+// ---- up: y = out_scale * (y + alpha * mask(u F)) + bias, the second y only if accumulate ----------------------------
 
 template <class T>
 void pack_up_as(const LowRankUp& a, float* packed, int64_t ld, int64_t column0, int64_t column1) {
@@ -148,7 +148,7 @@ inline void up_store(const LowRankUp& a, int64_t row, int64_t column, F32 sum, u
   const int64_t at = row * a.columns + column, left = a.columns - column;
   const bool whole = left >= kWidth;
   T* y = static_cast<T*>(a.y) + at;
-  F32 value = whole ? load(y) : load_first(y, left);
+  F32 value = !a.accumulate ? zero() : whole ? load(y) : load_first(y, left);
   if (a.dropout.threshold) sum = keep(sum, bits);
   value = fma(sum, set1(a.alpha * a.dropout.scale), value);
   if (a.z) {
