@@ -30,20 +30,20 @@ __device__ __forceinline__ uint32_t byte_table_lane() {
   return threadIdx.x % kByteTableCopies * static_cast<uint32_t>(sizeof(float2));
 }
 
-// The two codes of byte kByte of a word. `table`: its shared address.
-template <int kByte>
-__device__ __forceinline__ float2 look_up(uint32_t table, uint32_t lane, uint32_t word) {
-  const uint32_t shifted = kByte == 0 ? word << 7 : word >> (8 * kByte - 7);
+// The two codes of a byte of a word. `table`: its shared address; `byte`: 0 to 3, known at compile time.
+__device__ __forceinline__ float2 look_up(uint32_t table, uint32_t lane, uint32_t word, int byte) {
+  const uint32_t entry = (byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80u;
   float2 codes;
   // Not volatile: the table never changes, so the read may move freely.
-  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + ((shifted & 0x7f80u) | lane)));
+  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + (entry | lane)));
   return codes;
 }
 
-// The two weights of byte kByte of a word, bit for bit those of dequantize_nf4.
-template <class T, int kByte>
-__device__ __forceinline__ uint32_t dequantize_pair(uint32_t table, uint32_t lane, uint32_t word, float absmax) {
-  const float2 codes = look_up<kByte>(table, lane, word);
+// The two weights of a byte of a word, bit for bit those of dequantize_nf4.
+template <class T>
+__device__ __forceinline__ uint32_t dequantize_pair(uint32_t table, uint32_t lane, uint32_t word, int byte,
+                                                    float absmax) {
+  const float2 codes = look_up(table, lane, word, byte);
   return pack_pair<T>(__fmul_rn(codes.x, absmax), __fmul_rn(codes.y, absmax));
 }
 
