@@ -37,8 +37,4 @@ struct Nf4Forward {
   float* workspace;        // [nf4_forward_workspace(args)], null if splits is 1
 };
 
-// The number of splits that fills a GPU, and the floats that they need.
-int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
-int64_t nf4_forward_workspace(const Nf4Forward& args);
-
 }  // namespace peftkern
