@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// NF4 weights inside a product: a byte of packed codes to two weights, and the absmax of a block.
+#pragma once
+#include "../nf4_product.h"
+#include "mma.cuh"
+
+namespace peftkern {
+
+// Both codes of every byte as fp32, so that one 64-bit read of shared memory serves two weights and absmax is applied
+// exactly as dequantize_nf4 does. 16 copies: the lanes of each half of a warp, which shared memory serves at a time,
+// have banks of their own, whatever the bytes are.
+//
+//   byte b, copy c:   b * 128 + c * 8:  fp32 code of the high nibble (the even element), fp32 code of the low nibble
+constexpr int kByteTableCopies = 16;
+constexpr int kByteTableBytes = 256 * kByteTableCopies * static_cast<int>(sizeof(float2));
+
+static __device__ const float kNf4Table[16] = {PEFTKERN_NF4_CODES};
+
+// By `threads` threads; the table is complete after the next barrier. Aligned to 128 bytes.
+__device__ __forceinline__ void fill_byte_table(uint8_t* table, int thread, int threads) {
+  for (int i = thread; i < 256 * kByteTableCopies / 2; i += threads) {
+    const int byte = i / (kByteTableCopies / 2);
+    const float even = kNf4Table[byte >> 4], odd = kNf4Table[byte & 15];
+    reinterpret_cast<float4*>(table)[i] = make_float4(even, odd, even, odd);
+  }
+}
+
+// Offset of the calling lane's copy, to be added to that of a byte's entry.
+__device__ __forceinline__ uint32_t byte_table_lane() {
+  return threadIdx.x % kByteTableCopies * static_cast<uint32_t>(sizeof(float2));
+}
+
+// The two codes of a byte of a word. `table`: its shared address; `byte`: 0 to 3, known at compile time.
+__device__ __forceinline__ float2 look_up(uint32_t table, uint32_t lane, uint32_t word, int byte) {
+  const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+  uint32_t entry;
+  float2 codes;
+  // (shifted & 0x7f80) | lane, as the one instruction it is: ptxas otherwise makes two of it and of the mask of lane
+  asm("lop3.b32 %0, %1, 0x7f80, %2, 0xea;" : "=r"(entry) : "r"(shifted), "r"(lane));
+  // Not volatile: the table never changes, so the read may move freely.
+  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + entry));
+  return codes;
+}
+
+// The two weights of a byte of a word, bit for bit those of dequantize_nf4.
+template <class T>
+__device__ __forceinline__ uint32_t dequantize_pair(uint32_t table, uint32_t lane, uint32_t word, int byte,
+                                                    float absmax) {
+  const float2 codes = look_up(table, lane, word, byte);
+  return pack_pair<T>(__fmul_rn(codes.x, absmax), __fmul_rn(codes.y, absmax));
+}
+
+// In global memory, where neighbouring threads read it in one request.
+static __device__ const float kDynamicTable[256] = {PEFTKERN_DYNAMIC_CODES};
+
+// Walks along the absmax of a row of a weight. Offsets into the row are 32-bit, so that a step of a product costs few
+// instructions.
+class AbsmaxRow {
+ public:
+  // From the flat element `element` on.
+  __device__ __forceinline__ AbsmaxRow(const Nf4Matrix& weight, int block_size_log2, int64_t element)
+      : nested_(weight.absmax == nullptr), block_size_log2_(block_size_log2) {
+    const int64_t block = element >> block_size_log2;
+    k_ = static_cast<int>(element - (block << block_size_log2));
+    if (nested_) {
+      blocks_ = weight.codes + block;
+      groups_ = weight.nested_absmax + block / kNestedBlockSize;
+      first_block_ = static_cast<int>(block % kNestedBlockSize);
+      offset_ = *weight.offset;
+    } else {
+      blocks_ = weight.absmax + block;
+    }
+  }
+
+  // Of the block that holds the k-th element from here.
+  __device__ __forceinline__ float at(int k) const {
+    const int block = (k_ + k) >> block_size_log2_;
+    if (!nested_) return static_cast<const float*>(blocks_)[block];
+    const float code = kDynamicTable[static_cast<const uint8_t*>(blocks_)[block]];
+    const float group = groups_[static_cast<uint32_t>(first_block_ + block) / static_cast<uint32_t>(kNestedBlockSize)];
+    return __fadd_rn(__fmul_rn(code, group), offset_);  // two roundings, as dequantize_absmax
+  }
+
+  __device__ __forceinline__ void advance(int k) { k_ += k; }
+
+ private:
+  const bool nested_;
+  const int block_size_log2_;
+  const void* blocks_;  // codes if nested, else absmax
+  const float* groups_ = nullptr;
+  int k_, first_block_ = 0;
+  float offset_ = 0.0f;
+};
+
+}  // namespace peftkern
