@@ -13,6 +13,10 @@
 
 namespace peftkern {
 
+// Floats that the workspace of these two has to hold; none is needed where it is 0.
+int64_t low_rank_down_workspace(const LowRankDown& args);
+int64_t low_rank_grad_workspace(const LowRankGrad& args);
+
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);
 cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream);

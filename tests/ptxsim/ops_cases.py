@@ -103,6 +103,7 @@ def _low_rank_down(rows, columns, rank, x=F32, factor=F32, rank_major=True, p=0.
         x=problem.place("x", values, misaligned), x_dtype=x, rows=rows, columns=columns, rank=rank, factor=argument,
         alpha=alpha, dropout=dropout_argument(problem, p), out=problem.reserve("out", rows * rank),
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped = drop(values, p)
@@ -153,6 +154,7 @@ def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0,
         columns=columns, rank=rank, alpha=alpha, dropout=dropout_argument(problem, p),
         grad=problem.reserve("grad", rank * columns, TORCH_DTYPE[grad]), grad_dtype=grad, rank_major=rank_major,
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped, left = drop(values, p), u.double().T
