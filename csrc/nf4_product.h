@@ -37,6 +37,19 @@ struct Nf4Forward {
   float* workspace;        // [nf4_forward_workspace(args)], null if splits is 1
 };
 
+// dx = q W + mask * (dh F)
+struct Nf4Gradient {
+  const void* q;  // [rows, out], bf16 or f16; 16-byte aligned, as weight.packed; out % 8 == 0, in % 64 == 0
+  DType q_dtype;
+  int64_t rows;
+  Nf4Matrix weight;
+  const float* dh;  // [rows, rank]
+  int64_t rank;
+  Factor factor;  // lora_A, [rank, in]
+  Dropout dropout;
+  void* dx;  // [rows, in], q_dtype
+};
+
 // The number of splits that fills a GPU, and the floats that they need.
 int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
 int64_t nf4_forward_workspace(const Nf4Forward& args);

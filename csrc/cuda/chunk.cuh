@@ -81,8 +81,8 @@ __device__ __forceinline__ void keep_masks(const Dropout& dropout, uint64_t seed
   }
 }
 
-// Zeroes the dropped columns of the chunk at (row, column), as fp32 or as they are stored. The factor 1 / (1 - p) of the
-// others is dropout.scale, which every caller folds into alpha.
+// Zeroes the dropped columns of the chunk at (row, column), as fp32 or as they are stored. The factor 1 / (1 - p) of
+// the others is dropout.scale, which every caller folds into alpha.
 template <class T>
 __device__ __forceinline__ void drop_chunk(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
                                            T (&v)[kChunk]) {

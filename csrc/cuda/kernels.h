@@ -9,6 +9,7 @@
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
+#include "../nf4_product.h"
 #include "../rank_allocation.h"
 
 namespace peftkern {
@@ -31,6 +32,8 @@ cudaError_t launch_quantize_nf4(const QuantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
+
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 
 cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
 

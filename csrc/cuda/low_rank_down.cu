@@ -7,7 +7,8 @@
 //   a group of 32 columns:   lane 4 g + t loads the columns 8 t .. 8 t + 7 of rows g and 8 + g: two Philox calls, and
 //                            its part of 4 products [ranks, 8 columns] x [8 columns, 8 rows] for each of the two; the
 //                            s-th is over the columns 2 s, 2 s + 1, 8 + 2 s, .. 24 + 2 s + 1, in F as in x
-//   a stage of 8 / kTiles groups:   every warp loads F for 16 ranks of a group, splits it and puts it into shared memory
+//   a stage of 8 / kTiles groups:   every warp loads F for 16 ranks of a group, splits it and puts it into shared
+//   memory
 //                            in the order in which lanes need it
 //
 // The products are [ranks, rows]: so a tile of 8 rows is enough for a small batch. With few rows, blocks share the
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(kDownThreads) low_rank_down_kernel(LowRankDown
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         const bool inside = first_row + g + i * kTileRows < args.rows;
-        x[group][i].load(x_data + i * kTileRows * args.columns + column,
-                         inside ? last_column - column - t * kChunk : 0, x_aligned);
+        x[group][i].load(x_data + i * kTileRows * args.columns + column, inside ? last_column - column - t * kChunk : 0,
+                         x_aligned);
       }
     }
   };

@@ -29,8 +29,7 @@ static_assert(kGradSteps == kGradWarps, "a warp loads the u of one step");
 // at ranks g, columns 16 t.
 constexpr int kPartFloats = kTileRanks * (kWarpColumns + 4);
 __device__ __forceinline__ int part_index(bool rank_major, int rank, int column) {
-  return rank_major ? rank * (kWarpColumns + 4) + column + column / 16
-                    : column * kTileRanks + column / 16 * 8 + rank;
+  return rank_major ? rank * (kWarpColumns + 4) + column + column / 16 : column * kTileRanks + column / 16 * 8 + rank;
 }
 
 template <class T, int kTiles>

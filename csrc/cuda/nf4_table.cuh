@@ -32,10 +32,13 @@ __device__ __forceinline__ uint32_t byte_table_lane() {
 
 // The two codes of a byte of a word. `table`: its shared address; `byte`: 0 to 3, known at compile time.
 __device__ __forceinline__ float2 look_up(uint32_t table, uint32_t lane, uint32_t word, int byte) {
-  const uint32_t entry = (byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80u;
+  const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+  uint32_t entry;
   float2 codes;
+  // (shifted & 0x7f80) | lane, as the one instruction it is: ptxas otherwise makes two of it and of the mask of lane
+  asm("lop3.b32 %0, %1, 0x7f80, %2, 0xea;" : "=r"(entry) : "r"(shifted), "r"(lane));
   // Not volatile: the table never changes, so the read may move freely.
-  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + (entry | lane)));
+  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + entry));
   return codes;
 }
 
@@ -50,22 +53,43 @@ __device__ __forceinline__ uint32_t dequantize_pair(uint32_t table, uint32_t lan
 // In global memory, where neighbouring threads read it in one request.
 static __device__ const float kDynamicTable[256] = {PEFTKERN_DYNAMIC_CODES};
 
-// absmax of the block that holds the flat element `index`.
-struct Absmax {
-  const Nf4Matrix& weight;
-  int block_size_log2;
-  float offset;
-
-  __device__ __forceinline__ Absmax(const Nf4Matrix& weight, int block_size_log2)
-      : weight(weight), block_size_log2(block_size_log2), offset(weight.absmax ? 0.0f : *weight.offset) {}
-
-  __device__ __forceinline__ float operator()(int64_t index) const {
-    const int64_t block = index >> block_size_log2;
-    if (weight.absmax) return weight.absmax[block];
-    // Two roundings, as dequantize_absmax.
-    return __fadd_rn(__fmul_rn(kDynamicTable[weight.codes[block]], weight.nested_absmax[block / kNestedBlockSize]),
-                     offset);
+// Walks along the absmax of a row of a weight. Offsets into the row are 32-bit, so that a step of a product costs few
+// instructions.
+class AbsmaxRow {
+ public:
+  // From the flat element `element` on.
+  __device__ __forceinline__ AbsmaxRow(const Nf4Matrix& weight, int block_size_log2, int64_t element)
+      : nested_(weight.absmax == nullptr), block_size_log2_(block_size_log2) {
+    const int64_t block = element >> block_size_log2;
+    k_ = static_cast<int>(element - (block << block_size_log2));
+    if (nested_) {
+      blocks_ = weight.codes + block;
+      groups_ = weight.nested_absmax + block / kNestedBlockSize;
+      first_block_ = static_cast<int>(block % kNestedBlockSize);
+      offset_ = *weight.offset;
+    } else {
+      blocks_ = weight.absmax + block;
+    }
   }
+
+  // Of the block that holds the k-th element from here.
+  __device__ __forceinline__ float at(int k) const {
+    const int block = (k_ + k) >> block_size_log2_;
+    if (!nested_) return static_cast<const float*>(blocks_)[block];
+    const float code = kDynamicTable[static_cast<const uint8_t*>(blocks_)[block]];
+    const float group = groups_[static_cast<uint32_t>(first_block_ + block) / static_cast<uint32_t>(kNestedBlockSize)];
+    return __fadd_rn(__fmul_rn(code, group), offset_);  // two roundings, as dequantize_absmax
+  }
+
+  __device__ __forceinline__ void advance(int k) { k_ += k; }
+
+ private:
+  const bool nested_;
+  const int block_size_log2_;
+  const void* blocks_;  // codes if nested, else absmax
+  const float* groups_ = nullptr;
+  int k_, first_block_ = 0;
+  float offset_ = 0.0f;
 };
 
 }  // namespace peftkern

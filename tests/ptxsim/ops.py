@@ -186,6 +186,38 @@ class DequantizeAbsmax(ctypes.Structure):
         yield Operand("absmax", self.n * 4, WRITE)
 
 
+class Nf4Matrix(ctypes.Structure):
+    _fields_ = [
+        ("packed", c_void_p), ("absmax", c_void_p), ("codes", c_void_p), ("nested_absmax", c_void_p),
+        ("offset", c_void_p), ("out", c_int64), ("in", c_int64), ("block_size", c_int64),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        elements = self.out * getattr(self, "in")
+        blocks = -(-elements // self.block_size)
+        yield Operand("weight.packed", -(-elements // 2), READ)
+        yield Operand("weight.absmax", blocks * 4, READ)
+        yield Operand("weight.codes", blocks, READ)
+        yield Operand("weight.nested_absmax", -(-blocks // 256) * 4, READ)
+        yield Operand("weight.offset", 4, READ)
+
+
+class Nf4Gradient(ctypes.Structure):
+    _fields_ = [
+        ("q", c_void_p), ("q_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("dh", c_void_p),
+        ("rank", c_int64), ("factor", Factor), ("dropout", Dropout), ("dx", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        columns = getattr(self.weight, "in")
+        yield Operand("q", self.rows * self.weight.out * 2, READ)
+        yield from self.weight.operands()
+        yield Operand("dh", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", self.rank * columns * size_of(self.factor.dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("dx", self.rows * columns * 2, WRITE)
+
+
 class RowGroups(ctypes.Structure):
     _fields_ = [
         ("offsets", c_void_p), ("order", c_void_p), ("tiles", c_void_p), ("rows", c_int64), ("adapters", c_int64),
@@ -386,6 +418,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "low_rank_up": LowRankUp,
     "low_rank_grad": LowRankGrad,
     "column_sums": ColumnSums,
+    "nf4_gradient": Nf4Gradient,
     "quantize_nf4": QuantizeNf4,
     "dequantize_nf4": DequantizeNf4,
     "quantize_absmax": QuantizeAbsmax,
@@ -408,7 +441,7 @@ def wrappers() -> str:
     """C++ that gives every launcher a C name, and checks every field above against the headers."""
     lines = ['#include "kernels.h"', "using namespace peftkern;"]
     lines.append(f"static_assert(kScoreParts == {ImportanceUpdate.SCORE_PARTS});")
-    for struct in (Dropout, Factor, RowGroups, FactorBank, TripletLayer, OrthogonalFactor, *OPS.values()):
+    for struct in (Dropout, Factor, Nf4Matrix, RowGroups, FactorBank, TripletLayer, OrthogonalFactor, *OPS.values()):
         name = struct.__name__
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, *_ in struct._fields_:

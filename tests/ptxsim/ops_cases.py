@@ -18,6 +18,7 @@ from peftkern import reference
 
 from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
+from .gradient_cases import gradient_builders, gradient_cases, gradient_scheduled
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
     BF16,
@@ -294,7 +295,8 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_BUILDERS = {op: (multi_builders | allocation_builders).get(op) or globals()[f"_{op}"] for op in OPS}
+_builders = multi_builders | allocation_builders | gradient_builders
+_BUILDERS = {op: _builders.get(op) or globals()[f"_{op}"] for op in OPS}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ def _nf4_cases():
 CASES = [
     *_low_rank_cases(),
     *_nf4_cases(),
-    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases())),
+    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases(), gradient_cases())),
 ]
 
 SCHEDULED = [
@@ -381,6 +383,9 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
-    *(case(op, **options) for op, options in itertools.chain(multi_scheduled(), allocation_scheduled())),
+    *(
+        case(op, **options)
+        for op, options in itertools.chain(multi_scheduled(), allocation_scheduled(), gradient_scheduled())
+    ),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""
