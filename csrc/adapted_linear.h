@@ -21,6 +21,7 @@ enum Needs : int64_t { kNeedsX = 1, kNeedsA = 2, kNeedsB = 4, kNeedsLam = 8, kNe
 // y [..., out]; h [rows, rank] float32 if save_h, else [0]; z [rows, out] if save_z, else [0].
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
+                                                  const OptionalTensor& nested_absmax, const OptionalTensor& offset,
                                                   int64_t block_size, int64_t out_features, const OptionalTensor& A,
                                                   const OptionalTensor& B, const OptionalTensor& lam,
                                                   const OptionalTensor& out_scale, const OptionalTensor& bias,
@@ -31,7 +32,18 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
   PEFTKERN_CHECK(out_features >= 0, "out_features: expected >= 0, got ", out_features);
   PEFTKERN_CHECK(absmax || weight.dim() != 2 || weight.size(1) == x.size(x.dim() - 1), "x: expected shape [..., ",
                  weight.size(1), "] for weight ", shape_string(weight.sizes()), ", got ", shape_string(x.sizes()));
-  Terms t{weight, absmax, block_size, x.size(x.dim() - 1), out_features, 0, A, B, lam, out_scale, scaling, {}};
+  Terms t{weight,
+          nf4_scales(absmax, nested_absmax, offset),
+          block_size,
+          x.size(x.dim() - 1),
+          out_features,
+          0,
+          A,
+          B,
+          lam,
+          out_scale,
+          scaling,
+          {}};
   t.check(x, "x", dropout_p, seed);
   Terms::check_vector(bias, t.out, "bias");
   if (bias) check_device(*bias, x, "bias", "x");
@@ -67,13 +79,25 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
 // x is read only for dA, h for dB and dlam, z for dout_scale.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
-    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax, int64_t block_size,
-    int64_t in_features, const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A,
-    const OptionalTensor& B, const OptionalTensor& lam, const OptionalTensor& out_scale, double scaling,
-    double dropout_p, const OptionalTensor& seed, int64_t needs) {
+    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax,
+    const OptionalTensor& nested_absmax, const OptionalTensor& offset, int64_t block_size, int64_t in_features,
+    const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A, const OptionalTensor& B,
+    const OptionalTensor& lam, const OptionalTensor& out_scale, double scaling, double dropout_p,
+    const OptionalTensor& seed, int64_t needs) {
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
-  Terms t{weight, absmax, block_size, in_features, grad.size(grad.dim() - 1), 0, A, B, lam, out_scale, scaling, {}};
+  Terms t{weight,
+          nf4_scales(absmax, nested_absmax, offset),
+          block_size,
+          in_features,
+          grad.size(grad.dim() - 1),
+          0,
+          A,
+          B,
+          lam,
+          out_scale,
+          scaling,
+          {}};
   t.check(grad, "grad", dropout_p, seed);
 
   const Backend backend(grad);

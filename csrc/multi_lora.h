@@ -104,6 +104,7 @@ struct Bank {
 // y [..., out]; h [rows, rank] float32, in the order of the plan, if save_h, else [0].
 template <class Backend>
 std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
+                                             const OptionalTensor& nested_absmax, const OptionalTensor& offset,
                                              int64_t block_size, int64_t out_features, const Tensor& A, const Tensor& B,
                                              const Tensor& plan, const OptionalTensor& ranks,
                                              const OptionalTensor& scalings, const OptionalTensor& bias, double scaling,
@@ -113,7 +114,12 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
   PEFTKERN_CHECK(out_features >= 0, "out_features: expected >= 0, got ", out_features);
   PEFTKERN_CHECK(absmax || weight.dim() != 2 || weight.size(1) == x.size(x.dim() - 1), "x: expected shape [..., ",
                  weight.size(1), "] for weight ", shape_string(weight.sizes()), ", got ", shape_string(x.sizes()));
-  Terms t{weight, absmax, block_size, x.size(x.dim() - 1), out_features, 0, {}, {}, {}, {}, 1.0, {}};
+  Terms t{weight,       nf4_scales(absmax, nested_absmax, offset),
+          block_size,   x.size(x.dim() - 1),
+          out_features, 0,
+          {},           {},
+          {},           {},
+          1.0,          {}};
   t.check(x, "x", 0.0, std::nullopt);
   Terms::check_vector(bias, t.out, "bias");
   if (bias) check_device(*bias, x, "bias", "x");
@@ -156,13 +162,24 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
 // (bits kNeedsX, kNeedsA, kNeedsB, kNeedsBias) does not ask. x is read only for dA, h for dB.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_linear_backward(
-    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax, int64_t block_size,
-    int64_t in_features, const OptionalTensor& h, const Tensor& A, const Tensor& B, const Tensor& plan,
-    const OptionalTensor& ranks, const OptionalTensor& scalings, double scaling, double dropout_p,
-    const OptionalTensor& seed, int64_t needs) {
+    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax,
+    const OptionalTensor& nested_absmax, const OptionalTensor& offset, int64_t block_size, int64_t in_features,
+    const OptionalTensor& h, const Tensor& A, const Tensor& B, const Tensor& plan, const OptionalTensor& ranks,
+    const OptionalTensor& scalings, double scaling, double dropout_p, const OptionalTensor& seed, int64_t needs) {
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
-  Terms t{weight, absmax, block_size, in_features, grad.size(grad.dim() - 1), 0, {}, {}, {}, {}, 1.0, {}};
+  Terms t{weight,
+          nf4_scales(absmax, nested_absmax, offset),
+          block_size,
+          in_features,
+          grad.size(grad.dim() - 1),
+          0,
+          {},
+          {},
+          {},
+          {},
+          1.0,
+          {}};
   t.check(grad, "grad", 0.0, std::nullopt);
   const ScalarType dtype = grad.scalar_type();
   const Tensor g = as_rows(grad);

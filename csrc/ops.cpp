@@ -34,28 +34,34 @@ std::string cuda_archs() { return PEFTKERN_CUDA_ARCHS; }
 STABLE_TORCH_LIBRARY(peftkern, m) {
   // nf4
   m.def("quantize_nf4(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)");
-  m.def("dequantize_nf4(Tensor packed, Tensor absmax, int block_size, int[] shape, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize_nf4(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int block_size, int[] "
+      "shape, ScalarType dtype) -> Tensor");
   m.def("quantize_absmax(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor offset)");
   m.def("dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor offset) -> Tensor");
   // adapted_linear
   m.def(
-      "adapted_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor? A, Tensor? B, "
+      "adapted_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int block_size, "
+      "int out_features, Tensor? A, Tensor? B, "
       "Tensor? lam, Tensor? out_scale, Tensor? bias, float scaling, float dropout_p, Tensor? seed, bool save_h, "
       "bool save_z) -> (Tensor y, Tensor h, Tensor z)");
   m.def(
-      "adapted_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, int block_size, "
+      "adapted_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? "
+      "offset, int block_size, "
       "int in_features, Tensor? h, Tensor? z, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale, float scaling, "
       "float dropout_p, Tensor? seed, int needs) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dlam, Tensor dout_scale, Tensor dbias)");
   // multi_lora
   m.def("multi_lora_plan(Tensor adapter_index, int rows, int adapters) -> Tensor");
   m.def(
-      "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, int block_size, int out_features, Tensor A, Tensor "
+      "multi_lora_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int "
+      "block_size, int out_features, Tensor A, Tensor "
       "B, "
       "Tensor plan, Tensor? ranks, Tensor? scalings, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
       "bool save_h) -> (Tensor y, Tensor h)");
   m.def(
-      "multi_lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, int block_size, "
+      "multi_lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, "
+      "Tensor? offset, int block_size, "
       "int in_features, Tensor? h, Tensor A, Tensor B, Tensor plan, Tensor? ranks, Tensor? scalings, float scaling, "
       "float dropout_p, Tensor? seed, int needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
   // rank_allocation

@@ -4,8 +4,8 @@
 //   y = out_scale * (x W^T + s u B^T) + bias        the forward product, u [rows, rank] float32 given
 //   dx = q W + mask * (dh A)                        the gradient product, dh [rows, rank] float32 given
 //
-// A way is a row {name, accepts, make} of a table. csrc/<device>/products.h has the tables, best row first, plainest
-// last; the rows that work on any device are here.
+// A way is a row {name, accepts, make, pays} of a table. csrc/<device>/products.h has the tables, best row first,
+// plainest last; the rows that work on any device are here.
 #pragma once
 #include <span>
 
@@ -38,6 +38,7 @@ struct Way {
   const char* name;
   bool (*accepts)(const Product&);
   Tensor (*make)(const Backend&, const Product&);
+  bool (*pays)(const Product&) = nullptr;  // the rule where nothing is forced or timed; null: wherever it accepts
 };
 
 // The tables. Specialised in csrc/<device>/products.h.
@@ -59,7 +60,7 @@ inline std::string common_description(const Terms& t, int64_t rows, ScalarType d
   std::ostringstream text;
   text << " M<=" << bucket(rows) << ' ' << t.in << 'x' << t.out << ' ' << name_of(dtype) << " weight ";
   if (t.absmax) {
-    text << "NF4/" << t.block_size;
+    text << "NF4/" << t.block_size << (t.absmax->nested() ? " nested" : "");
   } else {
     text << name_of(t.weight.scalar_type());
   }
@@ -104,7 +105,7 @@ const Way<Backend, Product>* timed_way(const Backend& backend, const Product& pr
 }
 
 // Makes a product: by the way that set_product() forces, else the fastest if peftkern.autotune is on, else the first
-// row that accepts.
+// row that accepts and pays.
 template <class Backend, class Product>
 Tensor make(const Backend& backend, const Product& product) {
   const std::string forced = forced_product(direction(product));
@@ -112,7 +113,7 @@ Tensor make(const Backend& backend, const Product& product) {
     if (const auto* way = timed_way(backend, product)) return way->make(backend, product);
   }
   for (const auto& way : ways<Backend, Product>()) {
-    if (!forced.empty() && forced != way.name) continue;
+    if (forced.empty() ? way.pays && !way.pays(product) : forced != way.name) continue;
     if (way.accepts(product)) return way.make(backend, product);
   }
   fail(direction(product), " product: \"", forced, "\" is forced and takes no ", product.rows(),
@@ -130,13 +131,13 @@ Tensor library_base(const Backend& backend, const ForwardProduct& p, const Optio
 }
 
 // Makes y of the base product that base(backend, p, bias) gives, and adds the low-rank part and what else there is in
-// one pass. The bias rides in the base product unless out_scale has to come between.
+// one pass. The bias rides in the base product unless that takes none, or out_scale has to come between.
 template <class Backend, class Base>
-Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base) {
+Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base, bool takes_bias = true) {
   const Terms& t = p.terms;
-  const bool late_bias = t.out_scale.has_value();
+  const bool late_bias = p.bias && (t.out_scale || !takes_bias);
   Tensor y = base(backend, p, late_bias ? std::nullopt : p.bias);
-  if (!p.rows() || !(p.u || t.out_scale || p.z)) return y;
+  if (!p.rows() || !(p.u || t.out_scale || p.z || late_bias)) return y;
   const OptionalTensor scale = float_vector(t.out_scale);
   const OptionalTensor late = late_bias ? float_vector(p.bias) : std::nullopt;
   const OptionalTensor b = p.u ? OptionalTensor(dense(*t.B)) : std::nullopt;

@@ -18,10 +18,17 @@ inline Dropout checked_dropout(double dropout_p, const OptionalTensor& seed, int
   return make_dropout(static_cast<const int64_t*>(seed->const_data_ptr()), dropout_p);
 }
 
+inline std::optional<Nf4Scales> nf4_scales(const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+                                           const OptionalTensor& offset) {
+  PEFTKERN_CHECK(absmax || !(nested_absmax || offset), "absmax: expected it beside nested_absmax and offset, got None");
+  if (!absmax) return std::nullopt;
+  return Nf4Scales{*absmax, nested_absmax, offset};
+}
+
 // The arguments both directions share, and the one C++ copy of their contract.
 struct Terms {
-  Tensor weight;          // [out, in], or NF4: packed [ceil(out * in / 2)] uint8 with
-  OptionalTensor absmax;  // [ceil(out * in / block_size)] float32
+  Tensor weight;                    // [out, in], or NF4: packed [ceil(out * in / 2)] uint8 with
+  std::optional<Nf4Scales> absmax;  // the scales of its blocks
   int64_t block_size, in, out, rank = 0;
   OptionalTensor A, B, lam, out_scale;  // [rank, in], [out, rank], [rank], [out]
   double scaling;

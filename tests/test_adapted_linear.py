@@ -332,11 +332,25 @@ def test_bad_nf4_arguments_are_named():
     with pytest.raises(RuntimeError, match=r"x: expected shape \[\.\.\., 32\] for weight \[24, 32\], got \[4, 31\]"):
         peftkern.nf4_linear(torch.zeros(4, 31), q)
     with pytest.raises(RuntimeError, match="absmax: expected 12 values for 768 weights in blocks of 64, got 11"):
-        ops.adapted_linear(x, q.packed, q.absmax[:11], 64, *rest)
+        ops.adapted_linear(x, q.packed, q.absmax[:11], None, None, 64, *rest)
+    nested = peftkern.quantize_nf4(torch.randn(24, 32), double_quant=True)
+    for change, message in (
+        ((nested.absmax, None, None), "absmax: expected dtype Float, got Byte"),
+        ((nested.absmax, nested.nested_absmax, None), "nested_absmax and offset: expected both or neither"),
+        ((q.absmax, nested.nested_absmax, nested.offset), "absmax: expected dtype Byte, got Float"),
+        (
+            (nested.absmax, nested.nested_absmax.repeat(2), nested.offset),
+            "nested_absmax: expected 1 values for 12 codes",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.adapted_linear(x, nested.packed, *change, 64, *rest)
+    with pytest.raises(RuntimeError, match="absmax: expected it beside nested_absmax and offset, got None"):
+        ops.adapted_linear(x, torch.zeros(24, 32), None, nested.nested_absmax, nested.offset, 64, *rest)
     with pytest.raises(RuntimeError, match="packed: expected 384 bytes for 768 weights, got 383"):
-        ops.adapted_linear(x, q.packed.reshape(-1)[:383], q.absmax, 64, *rest)
+        ops.adapted_linear(x, q.packed.reshape(-1)[:383], q.absmax, None, None, 64, *rest)
     with pytest.raises(RuntimeError, match="block_size: expected a power of two from 32 to 4096, got 48"):
-        ops.adapted_linear(x, q.packed, q.absmax, 48, *rest)
+        ops.adapted_linear(x, q.packed, q.absmax, None, None, 48, *rest)
 
 
 def test_a_trainable_weight_is_refused():

@@ -16,12 +16,12 @@ OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration", "test
 def raw_arguments(call) -> tuple:
     """The arguments of torch.ops.peftkern.adapted_linear; inputs detached, as gradients are the Function's affair."""
     q = call.weight if isinstance(call.weight, NF4Weight) else None
-    weight, absmax = (q.packed, q.float_absmax()) if q else (call.weight, None)
+    base = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size) if q else (call.weight, None, None, None, 64)
     terms = {k: t.detach() for k, t in call.trainable.items()}
     named = [terms.get(k) for k in ("A", "B", "lam", "out_scale", "bias")]
-    out_features = q.shape[0] if q else weight.shape[0]
+    out_features = (q or call.weight).shape[0]
     return (
-        call.x.detach(), weight, absmax, q.block_size if q else 64, out_features, *named, call.scaling, call.dropout_p,
+        call.x.detach(), *base, out_features, *named, call.scaling, call.dropout_p,
         call.seed, True, True,
     )  # fmt: skip
 
@@ -31,12 +31,12 @@ def test_opcheck_adapted_linear(sample):
     call = sample.make()
     arguments = raw_arguments(call)
     opcheck(ops.adapted_linear.default, arguments, test_utils=OPCHECK)
-    x, weight, absmax, block_size, _, A, B, lam, out_scale, bias, scaling, p, seed, *_ = arguments
+    x, *base, _, A, B, lam, out_scale, bias, scaling, p, seed, _, _ = arguments
     y, h, z = ops.adapted_linear(*arguments)
     needs = 1 | (2 | 4 if A is not None else 0) | (8 if lam is not None else 0)
     needs |= (16 if out_scale is not None else 0) | (32 if bias is not None else 0)
     backward = (
-        torch.randn_like(y), x, weight, absmax, block_size, x.shape[-1], h, z, A, B, lam, out_scale, scaling, p, seed,
+        torch.randn_like(y), x, *base, x.shape[-1], h, z, A, B, lam, out_scale, scaling, p, seed,
     )  # fmt: skip
     for bits in (needs, 1, 0):
         opcheck(ops.adapted_linear_backward.default, (*backward, bits), test_utils=OPCHECK)
@@ -47,8 +47,9 @@ def test_opcheck_nf4(sample):
     w = sample.make()
     opcheck(ops.quantize_nf4.default, (w, sample.block_size), test_utils=OPCHECK)
     packed, absmax = ops.quantize_nf4(w, sample.block_size)
-    arguments = (packed, absmax, sample.block_size, list(w.shape), torch.bfloat16)
-    opcheck(ops.dequantize_nf4.default, arguments, test_utils=OPCHECK)
+    rest = (sample.block_size, list(w.shape), torch.bfloat16)
+    opcheck(ops.dequantize_nf4.default, (packed, absmax, None, None, *rest), test_utils=OPCHECK)
+    opcheck(ops.dequantize_nf4.default, (packed, *ops.quantize_absmax(absmax), *rest), test_utils=OPCHECK)
     opcheck(ops.quantize_absmax.default, (absmax,), test_utils=OPCHECK)
     opcheck(ops.dequantize_absmax.default, ops.quantize_absmax(absmax), test_utils=OPCHECK)
 

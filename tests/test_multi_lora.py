@@ -353,7 +353,7 @@ def test_what_has_no_gradient_is_refused():
 def test_a_plan_of_another_batch_is_refused():
     plan = make_plan(INDEX, X, 5)
     with pytest.raises(RuntimeError, match=r"plan: expected shape \[31\], got \[30\]"):
-        ops.multi_lora_linear(X, W, None, 64, 24, A, B, plan[:-1], None, None, None, 1.0, 0.0, None, False)
+        ops.multi_lora_linear(X, W, None, None, None, 64, 24, A, B, plan[:-1], None, None, None, 1.0, 0.0, None, False)
 
 
 # ---- torch.compile and opcheck ---------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration", "test
 def test_opcheck(sample):
     call = sample.make()
     q = call.weight if isinstance(call.weight, NF4Weight) else None
-    weight, absmax = (q.packed, q.float_absmax()) if q else (call.weight, None)
+    base = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size) if q else (call.weight, None, None, None, 64)
     x, terms = call.x.detach(), {k: t.detach() for k, t in call.trainable.items()}
     rows = torch.Size(sample.rows).numel()
     opcheck(ops.multi_lora_plan.default, (call.index, rows, sample.adapters), test_utils=OPCHECK)
@@ -373,7 +373,6 @@ def test_opcheck(sample):
     scaling, scalings = (1.0, call.scaling) if sample.scalings else (0.7, None)
     bank = (terms["A"], terms["B"], plan, call.ranks, scalings)
     rest = (scaling, call.dropout_p, call.seed)
-    base = (weight, absmax, q.block_size if q else 64)
     arguments = (x, *base, sample.fan_out, *bank, terms.get("bias"), *rest, True)
     opcheck(ops.multi_lora_linear.default, arguments, test_utils=OPCHECK)
     opcheck(ops.multi_lora_linear.default, (*arguments[:-1], False), test_utils=OPCHECK)

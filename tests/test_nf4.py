@@ -100,7 +100,7 @@ def test_conversions_to_16_bit_equal_torch(isa):
     absmax = bits.view(torch.float32)
     packed = torch.full((absmax.numel() * 16,), 0xFF, dtype=torch.uint8)
     for dtype in (BF16, F16):
-        got = ops.dequantize_nf4(packed, absmax, 32, [absmax.numel(), 32], dtype)
+        got = ops.dequantize_nf4(packed, absmax, None, None, 32, [absmax.numel(), 32], dtype)
         assert equal(got, absmax[:, None].expand(-1, 32).to(dtype).contiguous())
 
 
@@ -168,13 +168,15 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=message):
             peftkern.dequantize_nf4(NF4Weight(packed, absmax, 64, (4, 64), F32))
         with pytest.raises(RuntimeError, match=raw_message):
-            ops.dequantize_nf4(packed, absmax, 64, [4, 64], F32)
+            ops.dequantize_nf4(packed, absmax, None, None, 64, [4, 64], F32)
     with pytest.raises(RuntimeError, match=r"shape: expected sizes >= 0 of at most 2\^60 elements"):
-        ops.dequantize_nf4(torch.zeros(2**21, dtype=torch.uint8), torch.ones(2**16), 64, [2**22, 2**42 + 1], F32)
+        ops.dequantize_nf4(
+            torch.zeros(2**21, dtype=torch.uint8), torch.ones(2**16), None, None, 64, [2**22, 2**42 + 1], F32
+        )
     with pytest.raises(RuntimeError, match="nested_absmax: expected 1 values for 4 codes, got 2"):
         ops.dequantize_absmax(torch.zeros(4, dtype=torch.uint8), torch.ones(2), torch.zeros(()))
     with pytest.raises(RuntimeError, match="shape: expected sizes >= 0"):
-        ops.dequantize_nf4(q.packed, q.absmax, 64, [-4, 64], F32)
+        ops.dequantize_nf4(q.packed, q.absmax, None, None, 64, [-4, 64], F32)
 
 
 def test_fork_while_threads_use_the_buffer_cache():
@@ -183,7 +185,7 @@ def test_fork_while_threads_use_the_buffer_cache():
 
     def work():
         while not done.is_set():
-            ops.dequantize_nf4(q.packed, q.absmax, 64, [2048, 1536], F32)
+            ops.dequantize_nf4(q.packed, q.absmax, None, None, 64, [2048, 1536], F32)
             peftkern.empty_cpu_cache()
 
     threads = [threading.Thread(target=work) for _ in range(2)]

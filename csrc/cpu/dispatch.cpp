@@ -91,6 +91,14 @@ std::vector<std::string> isa_names() {
 
 void set_isa(const std::string& name) { chosen = find(name); }
 
+bool is_amd() {
+#ifdef __x86_64__
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const KernelTable& kernels() {
   const KernelTable* table = chosen;
   if (!table) {

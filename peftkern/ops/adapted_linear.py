@@ -15,14 +15,9 @@ from .nf4 import NF4Weight
 
 _forward = ops.adapted_linear.default
 _backward = ops.adapted_linear_backward.default
-_dequantize_absmax = ops.dequantize_absmax.default
 
 # Bits of adapted_linear_backward's `needs` (csrc/adapted_linear.h, enum Needs).
 NEEDS_X, NEEDS_A, NEEDS_B, NEEDS_LAM, NEEDS_OUT_SCALE, NEEDS_BIAS = 1, 2, 4, 8, 16, 32
-
-
-def _float_absmax(absmax: Tensor | None, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor | None:
-    return absmax if nested_absmax is None else _dequantize_absmax(absmax, nested_absmax, offset)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -35,7 +30,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ):  # fmt: skip
         trains_A, trains_B, trains_lam, trains_out_scale = ctx.needs_input_grad[5:9]
         y, h, z = _forward(
-            x, weight, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, lam, out_scale,
+            x, weight, absmax, nested_absmax, offset, block_size, out_features, A, B, lam, out_scale,
             bias, scaling, dropout_p, seed, trains_B or trains_lam, trains_out_scale,
         )  # fmt: skip
         # x is kept only for dA, h only for dB and dlam, z only for dout_scale; a dropout mask never.
@@ -60,7 +55,7 @@ class _AdaptedLinear(torch.autograd.Function):
             | (NEEDS_LAM if wants[7] else 0) | (NEEDS_OUT_SCALE if wants[8] else 0) | (NEEDS_BIAS if wants[9] else 0)
         )  # fmt: skip
         dx, dA, dB, dlam, dout_scale, dbias = _backward(
-            grad, x, weight, _float_absmax(absmax, nested_absmax, offset), ctx.block_size, ctx.in_features, h, z, A, B,
+            grad, x, weight, absmax, nested_absmax, offset, ctx.block_size, ctx.in_features, h, z, A, B,
             lam, out_scale, ctx.scaling, ctx.dropout_p, seed, needs,
         )  # fmt: skip
         if needs & NEEDS_BIAS:
@@ -152,7 +147,7 @@ def adapted_linear(
             block_size, out_features, float(scaling), float(dropout_p), seed,
         )  # fmt: skip
     return _forward(
-        x, packed, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, lam, out_scale, bias,
+        x, packed, absmax, nested_absmax, offset, block_size, out_features, A, B, lam, out_scale, bias,
         scaling, dropout_p, seed, False, False,
     )[0]  # fmt: skip
 
@@ -184,9 +179,38 @@ def _check_devices(name: str, reference: Tensor, **tensors: Tensor | None) -> No
 
 @torch.library.register_fake("peftkern::adapted_linear")
 def _(
-    x, weight, absmax, block_size, out_features, A, B, lam, out_scale, bias, scaling, dropout_p, seed, save_h, save_z
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    offset,
+    block_size,
+    out_features,
+    A,
+    B,
+    lam,
+    out_scale,
+    bias,
+    scaling,
+    dropout_p,
+    seed,
+    save_h,
+    save_z,
 ):
-    _check_devices("x", x, weight=weight, absmax=absmax, A=A, B=B, lam=lam, out_scale=out_scale, bias=bias, seed=seed)
+    _check_devices(
+        "x",
+        x,
+        weight=weight,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        A=A,
+        B=B,
+        lam=lam,
+        out_scale=out_scale,
+        bias=bias,
+        seed=seed,
+    )
     shape = [*x.shape[:-1], out_features]
     rows = 1
     for size in x.shape[:-1]:
@@ -197,7 +221,26 @@ def _(
 
 
 @torch.library.register_fake("peftkern::adapted_linear_backward")
-def _(grad, x, weight, absmax, block_size, in_features, h, z, A, B, lam, out_scale, scaling, dropout_p, seed, needs):
+def _(
+    grad,
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    offset,
+    block_size,
+    in_features,
+    h,
+    z,
+    A,
+    B,
+    lam,
+    out_scale,
+    scaling,
+    dropout_p,
+    seed,
+    needs,
+):
     def like(bit, tensor, shape, dtype=None):
         wanted = needs & bit
         dtype = dtype or (torch.float32 if tensor is None else tensor.dtype)

@@ -18,7 +18,6 @@ from .adapted_linear import (
     NEEDS_BIAS,
     NEEDS_X,
     _check_devices,
-    _float_absmax,
     base_arguments,
     cast_by_autocast,
     draw_seed,
@@ -42,7 +41,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     ):  # fmt: skip
         trains_A, trains_B = ctx.needs_input_grad[5:7]
         y, h = _forward(
-            x, weight, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, plan, ranks,
+            x, weight, absmax, nested_absmax, offset, block_size, out_features, A, B, plan, ranks,
             scalings, bias, scaling, dropout_p, seed, trains_B,
         )  # fmt: skip
         ctx.save_for_backward(
@@ -66,7 +65,7 @@ class _MultiLoraLinear(torch.autograd.Function):
             | (NEEDS_BIAS if wants[7] else 0)
         )  # fmt: skip
         dx, dA, dB, dbias = _backward(
-            grad, x, weight, _float_absmax(absmax, nested_absmax, offset), ctx.block_size, ctx.in_features, h, A, B,
+            grad, x, weight, absmax, nested_absmax, offset, ctx.block_size, ctx.in_features, h, A, B,
             plan, ranks, scalings, ctx.scaling, ctx.dropout_p, seed, needs,
         )  # fmt: skip
         if needs & NEEDS_BIAS:
@@ -179,7 +178,7 @@ def planned_multi_lora_linear(
             block_size, out_features, float(scaling), float(dropout_p), seed,
         )  # fmt: skip
     return _forward(
-        x, packed, _float_absmax(absmax, nested_absmax, offset), block_size, out_features, A, B, plan, ranks, scalings,
+        x, packed, absmax, nested_absmax, offset, block_size, out_features, A, B, plan, ranks, scalings,
         bias, float(scaling), float(dropout_p), seed, False,
     )[0]  # fmt: skip
 
@@ -220,9 +219,39 @@ def _(adapter_index, rows, adapters):
 
 
 @torch.library.register_fake("peftkern::multi_lora_linear")
-def _(x, weight, absmax, block_size, out_features, A, B, plan, ranks, scalings, bias, scaling, dropout_p, seed, save_h):
+def _(
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    offset,
+    block_size,
+    out_features,
+    A,
+    B,
+    plan,
+    ranks,
+    scalings,
+    bias,
+    scaling,
+    dropout_p,
+    seed,
+    save_h,
+):
     _check_devices(
-        "x", x, weight=weight, absmax=absmax, A=A, B=B, plan=plan, ranks=ranks, scaling=scalings, bias=bias, seed=seed
+        "x",
+        x,
+        weight=weight,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        A=A,
+        B=B,
+        plan=plan,
+        ranks=ranks,
+        scaling=scalings,
+        bias=bias,
+        seed=seed,
     )
     rows = 1
     for size in x.shape[:-1]:
@@ -233,7 +262,24 @@ def _(x, weight, absmax, block_size, out_features, A, B, plan, ranks, scalings, 
 
 @torch.library.register_fake("peftkern::multi_lora_linear_backward")
 def _(
-    grad, x, weight, absmax, block_size, in_features, h, A, B, plan, ranks, scalings, scaling, dropout_p, seed, needs
+    grad,
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    offset,
+    block_size,
+    in_features,
+    h,
+    A,
+    B,
+    plan,
+    ranks,
+    scalings,
+    scaling,
+    dropout_p,
+    seed,
+    needs,
 ):
     def wanted(bit, shape, dtype):
         return grad.new_empty(shape if needs & bit else (0,), dtype=dtype)

@@ -226,7 +226,7 @@ def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     if not torch.compiler.is_compiling():
         check_weight(q, "q")
-    return _dequantize_nf4(q.packed, q.float_absmax(), q.block_size, list(q.shape), dtype)
+    return _dequantize_nf4(q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size, list(q.shape), dtype)
 
 
 @torch.library.register_fake("peftkern::quantize_nf4")
@@ -237,7 +237,15 @@ def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("peftkern::dequantize_nf4")
-def _(packed: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
