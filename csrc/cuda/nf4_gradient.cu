@@ -63,7 +63,8 @@ struct GradientTile {
   }
 };
 
-// What a thread brings to every stage. Rows of q after the last one are copies of it, whose results nobody stores.
+// What a thread brings to every stage: zeros outside of q and W. Zero weights are dequantized as well, and meet zeros of
+// q or are not used.
 template <int kRows>
 class GradientLoader {
   using Shared = GradientShared<kRows>;
@@ -71,92 +72,95 @@ class GradientLoader {
   static constexpr int kPackedStep = kGradientThreads / kGradientWarps, kPackedCount = kGradientDepth / kPackedStep;
 
  public:
+  static constexpr int kParts = kRowCount + 2;
+
   __device__ __forceinline__ GradientLoader(const Nf4Gradient& args, int block_size_log2, const GradientTile& tile)
-      : weight_(args.weight), block_size_log2_(block_size_log2), out_(args.weight.out) {
+      : weight_(args.weight), two_blocks_(block_size_log2 < 6), left_(static_cast<int>(args.weight.out)) {
+    const int64_t out = args.weight.out, in = args.weight.in;
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-#pragma unroll
-    for (int i = 0; i < kRowCount; ++i) {
-      const int64_t q_row = min(tile.row + row + i * kRowStep, args.rows - 1);
-      q_[i] = static_cast<const uint8_t*>(args.q) + (q_row * out_ + chunk * kChunk) * 2;
-    }
+    q_ = static_cast<const uint8_t*>(args.q) + ((tile.row + row) * out + chunk * kChunk) * 2;
+    q_step_ = kRowStep * out * 2;
+    q_rows_ = static_cast<int>(min(args.rows - tile.row - row, int64_t{kRows}));
     q_column_ = chunk * kChunk;
     q_target_ = row * kQRow + (chunk ^ (row & 1)) * 16;
 
     packed_row_ = threadIdx.x / kGradientWarps;
     const int warp = threadIdx.x % kGradientWarps;
-    const int64_t in = args.weight.in;
-    packed_inside_ = tile.column + warp * kWarpColumns < in;
     packed_ = args.weight.packed + packed_row_ * (in / 2) + tile.column / 2 + warp * kPackedChunk;
     packed_step_ = kPackedStep * (in / 2);
-#pragma unroll
-    for (int i = 0; i < kPackedCount; ++i) {
-      const int w_row = packed_row_ + i * kPackedStep;
-      packed_target_[i] = Shared::kPacked + ((w_row % 16 * kGradientWarps + warp) * 4 + w_row / 16) * kPackedChunk;
-    }
+    packed_target_ =
+        Shared::kPacked + ((packed_row_ % 16 * kGradientWarps + warp) * 4 + packed_row_ / 16) * kPackedChunk;
+    if (tile.column + warp * kWarpColumns >= in) packed_row_ = kOutside;
 
-    // A thread brings the absmax of a row for 2 warps, whose 64 columns share it unless blocks are shorter.
+    // A thread brings the absmax of a row for 2 warps, whose 64 columns share it unless blocks are shorter. 64 rows of a
+    // multiple of 64 columns are whole blocks of any size.
     absmax_row_ = threadIdx.x % kGradientDepth;
     const int first_warp = threadIdx.x / kGradientDepth * 2;
-    absmax_inside_ = tile.column + first_warp * kWarpColumns < in;
-    element_ = absmax_row_ * in + tile.column + first_warp * kWarpColumns;
+    block_ = (absmax_row_ * in + tile.column + first_warp * kWarpColumns) >> block_size_log2;
+    block_step_ = (kGradientDepth * in) >> block_size_log2;
     absmax_target_ =
         Shared::kAbsmax + first_warp * kAbsmaxWarp + absmax_row_ / 16 * kAbsmaxMember + absmax_row_ % 16 * 4;
+    if (tile.column + first_warp * kWarpColumns >= in) absmax_row_ = kOutside;
     fetch_absmax();
   }
 
-  __device__ __forceinline__ void load_first_weights(uint32_t stage) {
-    load_weights(stage);
+  // The weights of the first step.
+  __device__ __forceinline__ void load_first(uint32_t stage) {
+    load_packed(stage);
+    load_absmax(stage);
     copy_async_commit();
   }
 
-  // To `stage` q of the next step and the weights of the step after it; nothing after the last step.
-  __device__ __forceinline__ void load(uint32_t stage) {
-    if (q_column_ - q_column_ % kGradientDepth < out_) {
-      const int bytes = q_column_ < out_ ? 16 : 0;
-#pragma unroll
-      for (int i = 0; i < kRowCount; ++i) {
-        copy_async(stage + q_target_ + i * kRowStep * kQRow, q_[i], bytes);
-        q_[i] += kQRow;
-      }
-      q_column_ += kGradientDepth;
-      load_weights(stage);
+  // To `stage` q of the next step and the weights of the step after it; in parts, to go between other work.
+  __device__ __forceinline__ void load(uint32_t stage, int part) {
+    if (part < kRowCount) {
+      const bool inside = part * kRowStep < q_rows_ && q_column_ < left_ + kGradientDepth;
+      copy_async(stage + q_target_ + part * kRowStep * kQRow, q_, inside ? 16 : 0);
+      q_ += q_step_;
+    } else if (part == kRowCount) {
+      q_ += kQRow - kRowCount * q_step_;
+      load_packed(stage);
+    } else {
+      load_absmax(stage);
+      copy_async_commit();
     }
-    copy_async_commit();
   }
 
  private:
-  // Zeros outside of W: they are dequantized, and meet zeros of q or are not used.
-  __device__ __forceinline__ void load_weights(uint32_t stage) {
+  static constexpr int kOutside = 0x7fffffff - kGradientDepth;  // a row after the last one
+
+  __device__ __forceinline__ void load_packed(uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < kPackedCount; ++i) {
-      copy_async(stage + packed_target_[i], packed_ + i * packed_step_,
-                 packed_inside_ && packed_row_ + i * kPackedStep < out_ ? 16 : 0);
+      copy_async(stage + packed_target_ + i * (kPackedStep / 16) * kPackedChunk, packed_,
+                 packed_row_ + i * kPackedStep < left_ ? 16 : 0);
+      packed_ += packed_step_;
     }
-    packed_ += kPackedCount * packed_step_;
-    packed_row_ += kGradientDepth;
+  }
+
+  __device__ __forceinline__ void load_absmax(uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) store_shared_float(stage + absmax_target_ + i * kAbsmaxWarp, absmax_[i]);
-    element_ += kGradientDepth * weight_.in;
-    absmax_row_ += kGradientDepth;
+    left_ -= kGradientDepth;
+    block_ += block_step_;
     fetch_absmax();
   }
 
   // A step before it is stored, so that nothing waits for it.
   __device__ __forceinline__ void fetch_absmax() {
     absmax_[0] = absmax_[1] = 0.0f;
-    if (!absmax_inside_ || absmax_row_ >= out_) return;
-    const AbsmaxRow absmax(weight_, block_size_log2_, element_);
-    absmax_[0] = absmax.at(0);
-    absmax_[1] = block_size_log2_ < 6 ? absmax.at(kWarpColumns) : absmax_[0];
+    if (absmax_row_ >= left_) return;
+    absmax_[0] = absmax_of(weight_, block_);
+    absmax_[1] = two_blocks_ ? absmax_of(weight_, block_ + 1) : absmax_[0];
   }
 
   const Nf4Matrix& weight_;
-  const int block_size_log2_;
-  const int64_t out_;
-  const uint8_t *q_[kRowCount], *packed_;
-  int64_t packed_step_, element_, q_column_, packed_row_, absmax_row_;
-  uint32_t q_target_, packed_target_[kPackedCount], absmax_target_;
-  bool packed_inside_, absmax_inside_;
+  const bool two_blocks_;
+  int left_;  // rows of W from the next weights on
+  const uint8_t *q_, *packed_;
+  int64_t q_step_, packed_step_, block_, block_step_;
+  int q_rows_, q_column_, packed_row_, absmax_row_;
+  uint32_t q_target_, packed_target_, absmax_target_;
   float absmax_[2];
 };
 
@@ -238,9 +242,12 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 
   GradientLoader<kRows> loader(args, block_size_log2, tile);
-  loader.load_first_weights(last_stage);
+  loader.load_first(last_stage);
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) loader.load(first_stage + s * Shared::kStageBytes);
+  for (int s = 0; s < kStages - 1; ++s) {
+#pragma unroll
+    for (int part = 0; part < loader.kParts; ++part) loader.load(first_stage + s * Shared::kStageBytes, part);
+  }
   fill_byte_table(shared, threadIdx.x, kGradientThreads);
 
   GradientSums<kRows> sum = {};
@@ -278,8 +285,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
       weights[half][i][2 * c + 1][pair] = pack_pair<T>(__fmul_rn(a.y, first), __fmul_rn(b.y, second));
     }
   };
-  // Multiplies half a step, and dequantizes the next one in between.
-  const auto multiply = [&](uint32_t stage, int half) {
+  // Multiplies half a step. In between it dequantizes the next half, and asks for what takes the free stage.
+  const auto multiply = [&](uint32_t stage, int half, uint32_t free_stage) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const uint4 q = load_shared_uint4(stage + (q_source ^ (half * 16)) + i * 8 * kQRow);
@@ -290,6 +297,12 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
         multiply_add<T>(sum[i][j], w[1][2 * j][0], w[1][2 * j + 1][0], w[1][2 * j][1], w[1][2 * j + 1][1], q.z, q.w);
       }
       if (i % (kTiles / 4) == 0) dequantize(1 - half, i / (kTiles / 4));
+      if (half == 0) {
+#pragma unroll
+        for (int part = i * loader.kParts / kTiles; part < (i + 1) * loader.kParts / kTiles; ++part) {
+          loader.load(free_stage, part);
+        }
+      }
     }
   };
 
@@ -305,12 +318,11 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   for (int64_t k = 0; k < args.weight.out; k += kGradientDepth) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the stage has arrived from all threads, and none reads the free one any more
-    loader.load(free_stage);
-    free_stage = stage;
-    multiply(stage, 0);
+    multiply(stage, 0, free_stage);
     read_weights(stage, 0);
-    multiply(stage, 1);
+    multiply(stage, 1, free_stage);
     read_weights(stage, 1);
+    free_stage = stage;
     stage = stage == last_stage ? first_stage : stage + Shared::kStageBytes;
   }
   copy_async_wait<0>();
