@@ -50,8 +50,4 @@ struct Nf4Gradient {
   void* dx;  // [rows, in], q_dtype
 };
 
-// The number of splits that fills a GPU, and the floats that they need.
-int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
-int64_t nf4_forward_workspace(const Nf4Forward& args);
-
 }  // namespace peftkern

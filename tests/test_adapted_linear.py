@@ -235,9 +235,9 @@ def test_every_way_to_make_a_product_equals_the_reference(direction, name, isa):
             expected.backward(grad.double())
             assert_close(call.inputs()["x"].grad, leaves["x"].grad, sample.x, f"{sample}: dx", slack=2.0)
         taken += 1
-    if name == "nf4_tiles" and isa != "amx":
+    if (name == "nf4_tiles" and isa != "amx") or name == "nf4_fused":
         assert not taken
-        pytest.skip("only amx makes products of tiles")
+        pytest.skip("only amx makes products of tiles, only CUDA fused ones")
     assert taken >= 3
 
 

@@ -17,7 +17,7 @@ from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, autotune_on, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, QuantizeNf4
+from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, Nf4Forward, Nf4Matrix, QuantizeNf4
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -193,8 +193,24 @@ def test_quantize_a_block_below_the_smallest_divisor():
 # ---- the launchers ---------------------------------------------------------------------------------------------------
 
 
+def forward(block_size=64, columns=64, **options) -> Nf4Forward:
+    matrix = Nf4Matrix(out=8, block_size=block_size)
+    setattr(matrix, "in", columns)
+    return Nf4Forward(**dict(x_dtype=BF16, rows=2, weight=matrix, splits=1) | options)
+
+
 @pytest.mark.parametrize(
-    "args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64), JacobiSvd(batch=1, n=1025)]
+    "args",
+    [
+        QuantizeNf4(block_size=48, n=64),
+        DequantizeNf4(block_size=48, n=64),
+        JacobiSvd(batch=1, n=1025),
+        forward(block_size=48),
+        forward(columns=96),
+        forward(x_dtype=F32),
+        forward(splits=0),
+        forward(x=8),
+    ],
 )
 def test_bad_sizes_are_refused(args):
     op = next(op for op, struct in OPS.items() if isinstance(args, struct))
@@ -264,6 +280,8 @@ def test_adapted_linear_on_simulated_kernels(sample):
     with package_on(device, [call.x, call.seed, *parts, *call.trainable.values()]):
         y, gradient = backward(call)
     assert device.launched or not y.numel() or (sample.r is None and isinstance(weight, torch.Tensor))
+    fused = isinstance(weight, peftkern.NF4Weight) and sample.x != torch.float32 and sample.fan_in % 64 == 0
+    assert any("nf4_forward_kernel" in name for name, *_ in device.launched) == bool(fused and y.numel())
     on_cpu = sample.make()
     expected_y, leaves = sample.make().reference()
     cpu_y, _ = backward(on_cpu)

@@ -28,6 +28,15 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of the current device.
+inline int cuda_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  STD_TORCH_CHECK(known, "peftkern: no CUDA device tells its attributes");
+  return value;
+}
+
 class CudaBackend {
  public:
   static constexpr int64_t kScoreParts = peftkern::kScoreParts;
@@ -74,6 +83,8 @@ class CudaBackend {
   void dequantize_nf4(const DequantizeNf4& args) const {
     check(launch_dequantize_nf4(args, stream_), "dequantize_nf4");
   }
+  void nf4_forward(const Nf4Forward& args) const { check(launch_nf4_forward(args, stream_), "nf4_forward"); }
+  void nf4_gradient(const Nf4Gradient& args) const { check(launch_nf4_gradient(args, stream_), "nf4_gradient"); }
   void quantize_absmax(const QuantizeAbsmax& args) const {
     check(launch_quantize_absmax(args, stream_), "quantize_absmax");
   }

@@ -34,6 +34,11 @@ cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stre
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
 
 cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
+// Nf4Forward::splits that fill a GPU, and the floats of Nf4Forward::workspace for args.splits.
+int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
+int64_t nf4_forward_workspace(const Nf4Forward& args);
+cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream);
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 
 cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
 

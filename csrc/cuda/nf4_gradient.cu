@@ -45,7 +45,7 @@ struct GradientShared {
   static constexpr int kBytes = kByteTableBytes + kStages * kStageBytes;
   static_assert(kBytes <= 99 * 1024, "what a block of sm_86, sm_89 and sm_120 may have");
 
-  static constexpr int kBlocks = kRows == 128 ? 2 : 3;  // of a multiprocessor, for __launch_bounds__
+  static constexpr int kBlocks = kRows == 32 ? 3 : 2;  // of a multiprocessor of sm_90, for __launch_bounds__
 };
 
 // The sums of a lane: [rows 8 i + 2 member + h][columns 4 group + 2 j + c] is sum[i][j][2 c + h].
@@ -63,8 +63,8 @@ struct GradientTile {
   }
 };
 
-// What a thread brings to every stage: zeros outside of q and W. Zero weights are dequantized as well, and meet zeros of
-// q or are not used.
+// What a thread brings to every stage: zeros outside of q and W. Zero weights are dequantized as well, and meet zeros
+// of q or are not used.
 template <int kRows>
 class GradientLoader {
   using Shared = GradientShared<kRows>;
@@ -72,8 +72,6 @@ class GradientLoader {
   static constexpr int kPackedStep = kGradientThreads / kGradientWarps, kPackedCount = kGradientDepth / kPackedStep;
 
  public:
-  static constexpr int kParts = kRowCount + 2;
-
   __device__ __forceinline__ GradientLoader(const Nf4Gradient& args, int block_size_log2, const GradientTile& tile)
       : weight_(args.weight), two_blocks_(block_size_log2 < 6), left_(static_cast<int>(args.weight.out)) {
     const int64_t out = args.weight.out, in = args.weight.in;
@@ -92,12 +90,12 @@ class GradientLoader {
         Shared::kPacked + ((packed_row_ % 16 * kGradientWarps + warp) * 4 + packed_row_ / 16) * kPackedChunk;
     if (tile.column + warp * kWarpColumns >= in) packed_row_ = kOutside;
 
-    // A thread brings the absmax of a row for 2 warps, whose 64 columns share it unless blocks are shorter. 64 rows of a
-    // multiple of 64 columns are whole blocks of any size.
+    // A thread brings the absmax of a row for 2 warps, whose 64 columns share it unless blocks are shorter. 64 rows of
+    // a multiple of 64 columns are whole blocks of any size.
     absmax_row_ = threadIdx.x % kGradientDepth;
     const int first_warp = threadIdx.x / kGradientDepth * 2;
-    block_ = (absmax_row_ * in + tile.column + first_warp * kWarpColumns) >> block_size_log2;
-    block_step_ = (kGradientDepth * in) >> block_size_log2;
+    block_ = static_cast<uint32_t>((absmax_row_ * in + tile.column + first_warp * kWarpColumns) >> block_size_log2);
+    block_step_ = static_cast<uint32_t>((kGradientDepth * in) >> block_size_log2);
     absmax_target_ =
         Shared::kAbsmax + first_warp * kAbsmaxWarp + absmax_row_ / 16 * kAbsmaxMember + absmax_row_ % 16 * 4;
     if (tile.column + first_warp * kWarpColumns >= in) absmax_row_ = kOutside;
@@ -111,19 +109,17 @@ class GradientLoader {
     copy_async_commit();
   }
 
-  // To `stage` q of the next step and the weights of the step after it; in parts, to go between other work.
-  __device__ __forceinline__ void load(uint32_t stage, int part) {
-    if (part < kRowCount) {
-      const bool inside = part * kRowStep < q_rows_ && q_column_ < left_ + kGradientDepth;
-      copy_async(stage + q_target_ + part * kRowStep * kQRow, q_, inside ? 16 : 0);
-      q_ += q_step_;
-    } else if (part == kRowCount) {
-      q_ += kQRow - kRowCount * q_step_;
-      load_packed(stage);
-    } else {
-      load_absmax(stage);
-      copy_async_commit();
+  // To `stage` q of the next step and the weights of the step after it.
+  __device__ __forceinline__ void load(uint32_t stage) {
+    const bool inside = q_column_ < left_ + kGradientDepth;
+#pragma unroll
+    for (int i = 0; i < kRowCount; ++i) {
+      copy_async(stage + q_target_ + i * kRowStep * kQRow, q_ + i * q_step_, inside && i * kRowStep < q_rows_ ? 16 : 0);
     }
+    q_ += kQRow;
+    load_packed(stage);
+    load_absmax(stage);
+    copy_async_commit();
   }
 
  private:
@@ -158,7 +154,8 @@ class GradientLoader {
   const bool two_blocks_;
   int left_;  // rows of W from the next weights on
   const uint8_t *q_, *packed_;
-  int64_t q_step_, packed_step_, block_, block_step_;
+  int64_t q_step_, packed_step_;
+  uint32_t block_, block_step_;
   int q_rows_, q_column_, packed_row_, absmax_row_;
   uint32_t q_target_, packed_target_, absmax_target_;
   float absmax_[2];
@@ -244,10 +241,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   GradientLoader<kRows> loader(args, block_size_log2, tile);
   loader.load_first(last_stage);
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-#pragma unroll
-    for (int part = 0; part < loader.kParts; ++part) loader.load(first_stage + s * Shared::kStageBytes, part);
-  }
+  for (int s = 0; s < kStages - 1; ++s) loader.load(first_stage + s * Shared::kStageBytes);
   fill_byte_table(shared, threadIdx.x, kGradientThreads);
 
   GradientSums<kRows> sum = {};
@@ -273,17 +267,14 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
       absmax[i][0] = v.x, absmax[i][1] = v.y, absmax[i][2] = v.z, absmax[i][3] = v.w;
     }
   };
-  // 2 rows x 4 columns: bytes 0 and 1 of the word are of the first row.
+  // 2 rows x 2 columns: bytes 0 and 1 of the word are of the first row.
   const auto dequantize = [&](int half, int part) {
-    const int i = part / 2, pair = part % 2;
+    const int i = part / 4, pair = part / 2 % 2, c = part % 2;
     const float first = absmax[i][2 * pair], second = absmax[i][2 * pair + 1];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float2 a = look_up(table, table_lane, packed[i][pair], c);
-      const float2 b = look_up(table, table_lane, packed[i][pair], c + 2);
-      weights[half][i][2 * c][pair] = pack_pair<T>(__fmul_rn(a.x, first), __fmul_rn(b.x, second));
-      weights[half][i][2 * c + 1][pair] = pack_pair<T>(__fmul_rn(a.y, first), __fmul_rn(b.y, second));
-    }
+    const float2 a = look_up(table, table_lane, packed[i][pair], c);
+    const float2 b = look_up(table, table_lane, packed[i][pair], c + 2);
+    weights[half][i][2 * c][pair] = pack_pair<T>(__fmul_rn(a.x, first), __fmul_rn(b.x, second));
+    weights[half][i][2 * c + 1][pair] = pack_pair<T>(__fmul_rn(a.y, first), __fmul_rn(b.y, second));
   };
   // Multiplies half a step. In between it dequantizes the next half, and asks for what takes the free stage.
   const auto multiply = [&](uint32_t stage, int half, uint32_t free_stage) {
@@ -296,13 +287,9 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
         multiply_add<T>(sum[i][j], w[0][2 * j][0], w[0][2 * j + 1][0], w[0][2 * j][1], w[0][2 * j + 1][1], q.x, q.y);
         multiply_add<T>(sum[i][j], w[1][2 * j][0], w[1][2 * j + 1][0], w[1][2 * j][1], w[1][2 * j + 1][1], q.z, q.w);
       }
-      if (i % (kTiles / 4) == 0) dequantize(1 - half, i / (kTiles / 4));
-      if (half == 0) {
 #pragma unroll
-        for (int part = i * loader.kParts / kTiles; part < (i + 1) * loader.kParts / kTiles; ++part) {
-          loader.load(free_stage, part);
-        }
-      }
+      for (int part = i * 8 / kTiles; part < (i + 1) * 8 / kTiles; ++part) dequantize(1 - half, part);
+      if (half == 0 && i == kTiles / 2) loader.load(free_stage);
     }
   };
 
@@ -310,12 +297,12 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   __syncthreads();
   read_weights(last_stage, 0);
 #pragma unroll
-  for (int part = 0; part < 4; ++part) dequantize(0, part);
+  for (int part = 0; part < 8; ++part) dequantize(0, part);
   read_weights(last_stage, 1);
 
   uint32_t stage = first_stage, free_stage = last_stage;
 #pragma unroll 1
-  for (int64_t k = 0; k < args.weight.out; k += kGradientDepth) {
+  for (int k = 0; k < static_cast<int>(args.weight.out); k += kGradientDepth) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the stage has arrived from all threads, and none reads the free one any more
     multiply(stage, 0, free_stage);

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of the tensor-core kernels of the backward pass: the gradient of an NF4 layer, and what the low-rank products
-split among thread blocks.
-"""
+"""The cases of the backward pass on tensor cores: dx of an NF4 layer, and low-rank products split among blocks."""
 
 from __future__ import annotations
 
@@ -10,29 +8,19 @@ from collections.abc import Iterator
 
 import torch
 
-from peftkern import reference
-
-from .ops import BF16, F16, F32, Factor, Nf4Gradient, Nf4Matrix
-from .problem import DTYPES, TORCH_DTYPE, Problem, assert_bits, assert_sums, drop, dropout_argument, random
-
-LOW_RANK_ERROR = 3 * 2.0**-18
-"""Of a term of dh F: both factors are sums of two bf16 values, and the product of the low ones is left out."""
-
-
-def nf4_matrix(problem: Problem, rows: int, columns: int, block_size: int, nested: bool) -> tuple[Nf4Matrix, tuple]:
-    """The argument, and (packed, absmax) of what it stands for."""
-    packed = torch.randint(256, (rows * columns // 2,), dtype=torch.uint8)
-    absmax = torch.rand(-(-rows * columns // block_size)) * 0.1
-    matrix = Nf4Matrix(packed=problem.place("packed", packed), out=rows, block_size=block_size)
-    setattr(matrix, "in", columns)
-    if nested:
-        codes, nested_absmax, offset = reference.quantize_absmax(absmax)
-        matrix.codes, matrix.offset = problem.place("codes", codes), problem.place("offset", offset.reshape(1))
-        matrix.nested_absmax = problem.place("nested_absmax", nested_absmax)
-        absmax = reference.dequantize_absmax(codes, nested_absmax, offset)
-    else:
-        matrix.absmax = problem.place("absmax", absmax)
-    return matrix, (packed, absmax)
+from .gemm_cases import LOW_RANK_TOLERANCE, nf4_weight
+from .ops import BF16, F16, F32, Factor, Nf4Gradient
+from .problem import (
+    DTYPES,
+    SUM_TOLERANCE,
+    TORCH_DTYPE,
+    Problem,
+    assert_bits,
+    assert_sums,
+    drop,
+    dropout_argument,
+    random,
+)
 
 
 def _nf4_gradient(
@@ -41,8 +29,7 @@ def _nf4_gradient(
     """identity: q is one, so dx is the weight, bit for bit that of dequantize_nf4. misaligned: dh, F and dx."""
     problem, dtype = Problem(), TORCH_DTYPE[q]
     values = torch.eye(rows, out).to(dtype) if identity else random(rows, out, dtype=q)
-    matrix, stored = nf4_matrix(problem, out, columns, block_size, nested)
-    weight = reference.dequantize_nf4(*stored, block_size, (out, columns), dtype)
+    matrix, weight = nf4_weight(problem, out, columns, block_size, nested, dtype)
     dh, f = random(rows, rank) * 0.1, random(rank, columns, dtype=factor) * 0.1
     problem.args = Nf4Gradient(
         q=problem.place("q", values), q_dtype=q, rows=rows, weight=matrix,
@@ -54,11 +41,11 @@ def _nf4_gradient(
     def check() -> None:
         got = problem.result("dx", dtype, rows, columns)
         if identity:
-            return assert_bits(got, weight, "nf4_gradient's weight")
+            return assert_bits(got, weight.to(dtype), "nf4_gradient's weight")
         low_rank, size = drop(dh.double() @ f.double(), p), drop(dh.double().abs() @ f.double().abs(), p)
-        expected = values.double() @ weight.double() + low_rank
-        magnitude = values.double().abs() @ weight.double().abs()
-        assert_sums(got, expected, magnitude + LOW_RANK_ERROR / 2e-6 * size, "nf4_gradient")
+        expected = values.double() @ weight + low_rank
+        magnitude = values.double().abs() @ weight.abs()
+        assert_sums(got, expected, magnitude + (1 + LOW_RANK_TOLERANCE / SUM_TOLERANCE) * size, "nf4_gradient")
 
     problem.check = check
     return problem

@@ -162,6 +162,65 @@ class DequantizeNf4(ctypes.Structure):
         yield Operand("out", self.n * size_of(self.out_dtype), WRITE)
 
 
+class Nf4Matrix(ctypes.Structure):
+    _fields_ = [
+        ("packed", c_void_p), ("absmax", c_void_p), ("codes", c_void_p), ("nested_absmax", c_void_p),
+        ("offset", c_void_p), ("out", c_int64), ("in", c_int64), ("block_size", c_int64),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        n = self.out * getattr(self, "in")
+        blocks = -(-n // self.block_size)
+        yield Operand("weight.packed", n // 2, READ)
+        yield Operand("weight.absmax", blocks * 4, READ)
+        yield Operand("weight.codes", blocks, READ)
+        yield Operand("weight.nested_absmax", -(-blocks // 256) * 4, READ)
+        yield Operand("weight.offset", 4, READ)
+
+
+class Nf4Forward(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("u", c_void_p),
+        ("rank", c_int64), ("factor", Factor), ("alpha", c_float), ("out_scale", c_void_p), ("bias", c_void_p),
+        ("z", c_void_p), ("y", c_void_p), ("splits", c_int64), ("workspace", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        out = self.weight.out
+        matrix = self.rows * out * size_of(self.x_dtype)
+        yield from self.weight.operands()
+        yield Operand("x", self.rows * getattr(self.weight, "in") * size_of(self.x_dtype), READ)
+        yield Operand("u", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", out * self.rank * size_of(self.factor.dtype), READ)
+        yield Operand("out_scale", out * 4, READ)
+        yield Operand("bias", out * 4, READ)
+        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("z", matrix, WRITE)
+        yield Operand("y", matrix, WRITE)
+
+    def workspace_size(self) -> int:
+        """nf4_forward_workspace of csrc/nf4_product.h: whole tiles."""
+        tile_rows = next((n for n in (8, 16, 32, 64) if self.rows <= n), 128)
+        tiles = -(-self.rows // tile_rows) * -(-self.weight.out // 128)
+        return self.splits * tiles * tile_rows * 128 if self.splits > 1 else 0
+
+
+class Nf4Gradient(ctypes.Structure):
+    _fields_ = [
+        ("q", c_void_p), ("q_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("dh", c_void_p),
+        ("rank", c_int64), ("factor", Factor), ("dropout", Dropout), ("dx", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        columns = getattr(self.weight, "in")
+        yield Operand("q", self.rows * self.weight.out * 2, READ)
+        yield from self.weight.operands()
+        yield Operand("dh", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", self.rank * columns * size_of(self.factor.dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("dx", self.rows * columns * 2, WRITE)
+
+
 class QuantizeAbsmax(ctypes.Structure):
     _fields_ = [
         ("absmax", c_void_p), ("n", c_int64), ("codes", c_void_p), ("nested_absmax", c_void_p), ("offset", c_void_p),
@@ -184,38 +243,6 @@ class DequantizeAbsmax(ctypes.Structure):
         yield Operand("nested_absmax", -(-self.n // 256) * 4, READ)
         yield Operand("offset", 4, READ)
         yield Operand("absmax", self.n * 4, WRITE)
-
-
-class Nf4Matrix(ctypes.Structure):
-    _fields_ = [
-        ("packed", c_void_p), ("absmax", c_void_p), ("codes", c_void_p), ("nested_absmax", c_void_p),
-        ("offset", c_void_p), ("out", c_int64), ("in", c_int64), ("block_size", c_int64),
-    ]  # fmt: skip
-
-    def operands(self) -> Iterator[Operand]:
-        elements = self.out * getattr(self, "in")
-        blocks = -(-elements // self.block_size)
-        yield Operand("weight.packed", -(-elements // 2), READ)
-        yield Operand("weight.absmax", blocks * 4, READ)
-        yield Operand("weight.codes", blocks, READ)
-        yield Operand("weight.nested_absmax", -(-blocks // 256) * 4, READ)
-        yield Operand("weight.offset", 4, READ)
-
-
-class Nf4Gradient(ctypes.Structure):
-    _fields_ = [
-        ("q", c_void_p), ("q_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("dh", c_void_p),
-        ("rank", c_int64), ("factor", Factor), ("dropout", Dropout), ("dx", c_void_p),
-    ]  # fmt: skip
-
-    def operands(self) -> Iterator[Operand]:
-        columns = getattr(self.weight, "in")
-        yield Operand("q", self.rows * self.weight.out * 2, READ)
-        yield from self.weight.operands()
-        yield Operand("dh", self.rows * self.rank * 4, READ)
-        yield Operand("factor.data", self.rank * columns * size_of(self.factor.dtype), READ)
-        yield Operand("dropout.seed", 8, READ)
-        yield Operand("dx", self.rows * columns * 2, WRITE)
 
 
 class RowGroups(ctypes.Structure):
@@ -418,9 +445,10 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "low_rank_up": LowRankUp,
     "low_rank_grad": LowRankGrad,
     "column_sums": ColumnSums,
-    "nf4_gradient": Nf4Gradient,
     "quantize_nf4": QuantizeNf4,
     "dequantize_nf4": DequantizeNf4,
+    "nf4_forward": Nf4Forward,
+    "nf4_gradient": Nf4Gradient,
     "quantize_absmax": QuantizeAbsmax,
     "dequantize_absmax": DequantizeAbsmax,
     "multi_lora_plan": MultiLoraPlan,

@@ -18,6 +18,7 @@ from peftkern import reference
 
 from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
+from .gemm_cases import gemm_builders, gemm_cases, gemm_scheduled
 from .gradient_cases import gradient_builders, gradient_cases, gradient_scheduled
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
@@ -295,7 +296,7 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_builders = multi_builders | allocation_builders | gradient_builders
+_builders = gemm_builders | multi_builders | allocation_builders | gradient_builders
 _BUILDERS = {op: _builders.get(op) or globals()[f"_{op}"] for op in OPS}
 
 
@@ -365,10 +366,13 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
+_other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases()
+_other_scheduled = gemm_scheduled(), gradient_scheduled(), multi_scheduled(), allocation_scheduled()
+
 CASES = [
     *_low_rank_cases(),
     *_nf4_cases(),
-    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases(), gradient_cases())),
+    *(case(op, **options) for op, options in itertools.chain(*_other_cases)),
 ]
 
 SCHEDULED = [
@@ -383,9 +387,6 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
-    *(
-        case(op, **options)
-        for op, options in itertools.chain(multi_scheduled(), allocation_scheduled(), gradient_scheduled())
-    ),
+    *(case(op, **options) for op, options in itertools.chain(*_other_scheduled)),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""
