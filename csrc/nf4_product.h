@@ -37,4 +37,17 @@ struct Nf4Forward {
   float* workspace;        // [nf4_forward_workspace(args)], null if splits is 1
 };
 
+// dx = q W + mask * (dh F)
+struct Nf4Gradient {
+  const void* q;  // [rows, out], bf16 or f16; 16-byte aligned, as weight.packed; out % 8 == 0, in % 64 == 0
+  DType q_dtype;
+  int64_t rows;
+  Nf4Matrix weight;
+  const float* dh;  // [rows, rank]
+  int64_t rank;
+  Factor factor;  // lora_A, [rank, in]
+  Dropout dropout;
+  void* dx;  // [rows, in], q_dtype
+};
+
 }  // namespace peftkern

@@ -37,7 +37,7 @@ class CudaBackend {
   static constexpr int64_t kScoreParts = peftkern::kScoreParts;
 
   explicit CudaBackend(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
+      : like_(tensor), guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
 
   // An uninitialised dense weight; torch's caching allocator makes this cheap.
   Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const {
@@ -54,9 +54,17 @@ class CudaBackend {
     return function;
   }
 
-  void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
+  void low_rank_down(LowRankDown args) const {
+    const Tensor workspace = floats(low_rank_down_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    check(launch_low_rank_down(args, stream_), "low_rank_down");
+  }
   void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }
-  void low_rank_grad(const LowRankGrad& args) const { check(launch_low_rank_grad(args, stream_), "low_rank_grad"); }
+  void low_rank_grad(LowRankGrad args) const {
+    const Tensor workspace = floats(low_rank_grad_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    check(launch_low_rank_grad(args, stream_), "low_rank_grad");
+  }
   void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
 
   void check_ranks(const int32_t*, int64_t, int64_t) const {}  // they are on the device: kernels clamp them
@@ -76,6 +84,7 @@ class CudaBackend {
     check(launch_dequantize_nf4(args, stream_), "dequantize_nf4");
   }
   void nf4_forward(const Nf4Forward& args) const { check(launch_nf4_forward(args, stream_), "nf4_forward"); }
+  void nf4_gradient(const Nf4Gradient& args) const { check(launch_nf4_gradient(args, stream_), "nf4_gradient"); }
   void quantize_absmax(const QuantizeAbsmax& args) const {
     check(launch_quantize_absmax(args, stream_), "quantize_absmax");
   }
@@ -96,11 +105,15 @@ class CudaBackend {
   }
 
  private:
+  // Uninitialised memory of the stream: torch's allocator hands it out again in the order of launches.
+  Tensor floats(int64_t n) const { return empty(like_, {n}, ScalarType::Float); }
+
   // STD_CUDA_CHECK would need libtorch_cuda, see above.
   static void check(cudaError_t error, const char* op) {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
   }
 
+  Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;  // restores the caller's device at the end
   cudaStream_t stream_;
 };

@@ -14,6 +14,10 @@
 
 namespace peftkern {
 
+// Floats that the workspace of these two has to hold; none is needed where it is 0.
+int64_t low_rank_down_workspace(const LowRankDown& args);
+int64_t low_rank_grad_workspace(const LowRankGrad& args);
+
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);
 cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream);
@@ -29,10 +33,12 @@ cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream
 cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
 
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 // Nf4Forward::splits that fill a GPU, and the floats of Nf4Forward::workspace for args.splits.
 int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
 int64_t nf4_forward_workspace(const Nf4Forward& args);
 cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream);
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 
 cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
 

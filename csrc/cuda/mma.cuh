@@ -33,6 +33,13 @@ __device__ __forceinline__ uint2 load_shared_uint2(uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
 }
+// 16 bits from each of two places, the first in the low half.
+__device__ __forceinline__ uint32_t load_shared_pair(uint32_t first, uint32_t second) {
+  uint16_t low, high;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(low) : "r"(first));
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(high) : "r"(second));
+  return low | static_cast<uint32_t>(high) << 16;
+}
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));

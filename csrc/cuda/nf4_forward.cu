@@ -39,6 +39,7 @@ constexpr int kXRow = 128;            // bytes of a row of x in a stage
 constexpr int kXChunks = kXRow / 16;  // of 8 values
 constexpr int kLowRankDepth = 16;     // ranks of a step of the low-rank part
 constexpr int kSplitSteps = 4;        // a split is at least so many steps long
+constexpr int64_t kMaxIn = 1 << 23;   // so that offsets within a tile fit 32 bits
 static_assert(kForwardColumns == kForwardThreads, "a thread brings the absmax of one row of W");
 
 // Rows of y in a tile: the fewest of 8, 16, 32, 64, 128 that hold all, so that W is read once for up to 128 rows.
@@ -64,20 +65,23 @@ struct ForwardShared {
   static constexpr int kBlocks = kRows >= 64 ? 2 : 3;
 };
 
-// The part of y that a block makes, or of whose sum over `in` it makes a part.
+// The part of y that a block makes, or of whose sum over `in` it makes a part. In 32 bits, as the grid: 64-bit
+// divisions are long, and their results would take registers that the loop needs.
+template <int kRows>
 struct ForwardTile {
-  int64_t row, column;  // the first
-  int64_t tiles, index, split;
+  uint32_t tiles, index, split, row_tile, column_tile;
 
   // Neighbouring blocks share rows of W, which come from memory; x comes from L2.
-  __device__ __forceinline__ ForwardTile(const Nf4Forward& args, int rows) {
-    const int64_t row_tiles = (args.rows + rows - 1) / rows;
-    tiles = row_tiles * ((args.weight.out + kForwardColumns - 1) / kForwardColumns);
-    index = blockIdx.x % tiles;
-    split = blockIdx.x / tiles;
-    row = index % row_tiles * rows;
-    column = index / row_tiles * kForwardColumns;
+  __device__ __forceinline__ explicit ForwardTile(const Nf4Forward& args) {
+    const uint32_t row_tiles = static_cast<uint32_t>((args.rows + kRows - 1) / kRows);
+    tiles = row_tiles * static_cast<uint32_t>((args.weight.out + kForwardColumns - 1) / kForwardColumns);
+    index = blockIdx.x % tiles, split = blockIdx.x / tiles;
+    row_tile = index % row_tiles, column_tile = index / row_tiles;
   }
+
+  // The first ones.
+  __device__ __forceinline__ int64_t row() const { return static_cast<int64_t>(row_tile) * kRows; }
+  __device__ __forceinline__ int64_t column() const { return static_cast<int64_t>(column_tile) * kForwardColumns; }
 };
 
 // The sums of a lane: [rows 8 i + 2 member + h][columns 4 group + 2 j + c] is sum[i][j][2 c + h].
@@ -91,7 +95,7 @@ __device__ __forceinline__ int x_chunk_slot(int row, int chunk) { return chunk ^
 // Where the 4 rows of a lane lie, and those of the 3 others that are read with it, so that they have their own banks.
 __device__ __forceinline__ int packed_row_slot(int row) { return row ^ (row >> 2 & 3); }
 
-// What a thread brings to every stage. Rows after the last one become zeros, whose results nobody stores.
+// What a thread brings to every stage. Rows after the last one are copies of it, whose results nobody stores.
 template <int kRows>
 class ForwardLoader {
   using Shared = ForwardShared<kRows>;
@@ -100,26 +104,30 @@ class ForwardLoader {
   static constexpr int kPackedStep = kForwardThreads / 2;  // and half of every 64th row of W
 
  public:
-  __device__ __forceinline__ ForwardLoader(const Nf4Forward& args, int block_size_log2, const ForwardTile& tile,
+  __device__ __forceinline__ ForwardLoader(const Nf4Forward& args, int block_size_log2, const ForwardTile<kRows>& tile,
                                            int64_t first_step, int steps)
       : absmax_(args.weight, block_size_log2,
-                (tile.column + threadIdx.x) * args.weight.in + first_step * kForwardDepth),
-        absmax_inside_(tile.column + threadIdx.x < args.weight.out),
+                (tile.column() + last(threadIdx.x, args.weight.out - tile.column())) * args.weight.in +
+                    first_step * kForwardDepth),
         two_halves_(block_size_log2 < 6),
         left_(steps) {
     const int64_t in = args.weight.in;
     const int x_row = threadIdx.x / (kXChunks / 2), chunk = threadIdx.x % (kXChunks / 2);
-    x_ = static_cast<const uint8_t*>(args.x) + (tile.row + x_row) * in * 2 + first_step * kXRow + chunk * 16;
-    x_stride_ = in * 2 * kRowStep;
+    x_ = static_cast<const uint8_t*>(args.x) + tile.row() * in * 2 + first_step * kXRow;
     x_target_ = x_row * kXRow + x_chunk_slot(x_row, chunk) * 16;
 #pragma unroll
-    for (int i = 0; i < kRowCount; ++i) x_bytes_[i] = tile.row + x_row + i * kRowStep < args.rows ? 16 : 0;
-    const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-    packed_ = args.weight.packed + (tile.column + row) * (in / 2) + first_step * kPackedRow + half * 16;
-    packed_stride_ = in / 2 * kPackedStep;
-    packed_target_ = Shared::kPacked + packed_row_slot(row) * kPackedRow + half * 16;
+    for (int i = 0; i < kRowCount; ++i) {
+      const int row = last(x_row + i * kRowStep, args.rows - tile.row());
+      x_offset_[i] = static_cast<uint32_t>(row) * static_cast<uint32_t>(in) * 2 + chunk * 16;
+    }
+    const int packed_row = threadIdx.x / 2, half = threadIdx.x % 2;
+    packed_ = args.weight.packed + tile.column() * (in / 2) + first_step * kPackedRow;
+    packed_target_ = Shared::kPacked + packed_row_slot(packed_row) * kPackedRow + half * 16;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) packed_bytes_[i] = tile.column + row + i * kPackedStep < args.weight.out ? 16 : 0;
+    for (int i = 0; i < 2; ++i) {
+      const int row = last(packed_row + i * kPackedStep, args.weight.out - tile.column());
+      packed_offset_[i] = static_cast<uint32_t>(row) * static_cast<uint32_t>(in / 2) + half * 16;
+    }
     fetch_absmax(left_ > 0);
   }
 
@@ -140,7 +148,7 @@ class ForwardLoader {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           copy_async(stage + (x_target_ ^ (half * (kXRow / 2))) + i * kRowStep * kXRow,
-                     x_ + i * x_stride_ + half * (kXRow / 2), x_bytes_[i]);
+                     x_ + x_offset_[i] + half * (kXRow / 2), 16);
         }
       }
       x_ += kXRow;
@@ -153,8 +161,12 @@ class ForwardLoader {
   __device__ __forceinline__ void fetch_absmax() { fetch_absmax(left_ > 1); }
 
  private:
+  __device__ __forceinline__ static int last(int row, int64_t rows) {
+    return row < rows ? row : static_cast<int>(rows) - 1;
+  }
+
   __device__ __forceinline__ void fetch_absmax(bool more) {
-    if (!more || !absmax_inside_) return;
+    if (!more) return;
     value_[0] = absmax_.at(0);
     if (two_halves_) value_[1] = absmax_.at(kForwardDepth / 2);
     absmax_.advance(kForwardDepth);
@@ -164,8 +176,8 @@ class ForwardLoader {
   __device__ __forceinline__ void load_weights(uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      copy_async(stage + packed_target_ + i * kPackedStep * kPackedRow, packed_ + i * packed_stride_,
-                 left_ > 0 ? packed_bytes_[i] : 0);
+      copy_async(stage + packed_target_ + i * kPackedStep * kPackedRow, packed_ + packed_offset_[i],
+                 left_ > 0 ? 16 : 0);
     }
     packed_ += kPackedRow;
     const uint32_t target = stage + Shared::kAbsmax + threadIdx.x * static_cast<uint32_t>(sizeof(float));
@@ -174,21 +186,20 @@ class ForwardLoader {
   }
 
   AbsmaxRow absmax_;
-  const bool absmax_inside_, two_halves_;  // two halves: blocks of 32, so that a step has two of them
-  const uint8_t *x_, *packed_;
-  int64_t x_stride_, packed_stride_;
+  const bool two_halves_;       // blocks of 32, so that a step has two of them
+  const uint8_t *x_, *packed_;  // the same for all threads; their offsets within a tile are 32-bit
+  uint32_t x_offset_[kRowCount], packed_offset_[2];
   uint32_t x_target_, packed_target_;
-  int x_bytes_[kRowCount], packed_bytes_[2];
   int left_;  // steps of x
   float value_[2] = {0.0f, 0.0f};
 };
 
 // sum += alpha * u F^T. Straight from global memory: F is read once per block, u once per warp and from L1 but once.
 template <int kRows>
-__device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const ForwardTile& tile, int warp_column,
+__device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const ForwardTile<kRows>& tile, int warp_column,
                                              ForwardSums<kRows>& sum) {
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  const int64_t column = tile.column + warp_column + 4 * group;
+  const int64_t column = tile.column() + warp_column + 4 * group;
   const bool u_aligned = quads_aligned<float>(args.u, args.rank * sizeof(float));
 #pragma unroll 1
   for (int64_t rank = 4 * member; rank - 4 * member < args.rank; rank += kLowRankDepth) {
@@ -205,7 +216,7 @@ __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const Forwa
     const SplitQuad factor[4] = {SplitQuad(f[0]), SplitQuad(f[1]), SplitQuad(f[2]), SplitQuad(f[3])};
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
-      const int64_t row = tile.row + 8 * i + group;
+      const int64_t row = tile.row() + 8 * i + group;
       float v[kQuad];
       load_quad(args.u + row * args.rank + rank, row < args.rows ? args.rank - rank : 0, u_aligned, v);
 #pragma unroll
@@ -227,11 +238,11 @@ __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const Forwa
 
 // What is left to do with the sums: z, out_scale, bias, y.
 template <class T, int kRows>
-__device__ __forceinline__ void store_tile(const Nf4Forward& args, const ForwardTile& tile,
+__device__ __forceinline__ void store_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile,
                                            const ForwardSums<kRows>& sum) {
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   const int64_t out = args.weight.out;
-  const int64_t column = tile.column + threadIdx.x / 32 * kWarpColumns + 4 * group, valid = out - column;
+  const int64_t column = tile.column() + threadIdx.x / 32 * kWarpColumns + 4 * group, valid = out - column;
   const bool y_aligned = quads_aligned<T>(args.y, out * sizeof(T)),
              z_aligned = quads_aligned<T>(args.z, out * sizeof(T));
   float out_scale[kQuad], bias[kQuad];
@@ -241,7 +252,7 @@ __device__ __forceinline__ void store_tile(const Nf4Forward& args, const Forward
   for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = tile.row + 8 * i + 2 * member + h;
+      const int64_t row = tile.row() + 8 * i + 2 * member + h;
       if (row >= args.rows) continue;
       float v[kQuad] = {sum[i][0][h], sum[i][0][2 + h], sum[i][1][h], sum[i][1][2 + h]};
       if (args.z) store_quad(static_cast<T*>(args.z) + row * out + column, valid, z_aligned, v);
@@ -258,7 +269,7 @@ __device__ __forceinline__ void store_tile(const Nf4Forward& args, const Forward
 
 // The parts of a tile, as they lie in registers: [split][tile][i and j][thread] of 4 floats.
 template <int kRows>
-__device__ __forceinline__ float4* part_of_tile(const Nf4Forward& args, const ForwardTile& tile, int64_t split) {
+__device__ __forceinline__ float4* part_of_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile, int64_t split) {
   return reinterpret_cast<float4*>(args.workspace) + (split * tile.tiles + tile.index) * (kRows / 4) * kForwardThreads +
          threadIdx.x;
 }
@@ -272,7 +283,7 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   const uint32_t table = shared_address(shared), table_lane = byte_table_lane();
   const uint32_t first_stage = table + kByteTableBytes, last_stage = first_stage + (kStages - 1) * Shared::kStageBytes;
 
-  const ForwardTile tile(args, kRows);
+  const ForwardTile<kRows> tile(args);
   const int64_t all_steps = args.weight.in / kForwardDepth;
   const int64_t first_step = all_steps * tile.split / args.splits;
   const int steps = static_cast<int>(all_steps * (tile.split + 1) / args.splits - first_step);
@@ -363,7 +374,7 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
 // The sum of the parts, in the order of the splits. A block for each tile.
 template <class T, int kRows>
 __global__ void __launch_bounds__(kForwardThreads) nf4_forward_add_kernel(Nf4Forward args) {
-  const ForwardTile tile(args, kRows);
+  const ForwardTile<kRows> tile(args);
   ForwardSums<kRows> sum = {};
   for (int64_t split = 0; split < args.splits; ++split) {
     const float4* part = part_of_tile<kRows>(args, tile, split);
@@ -405,8 +416,8 @@ static cudaError_t launch_rows(const Nf4Forward& args, int block_size_log2, cuda
 cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream) {
   const Nf4Matrix& w = args.weight;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (args.x_dtype == DType::f32 || w.in % kForwardDepth || !valid_block_size(w.block_size) || args.splits < 1 ||
-      !aligned(args.x) || !aligned(w.packed)) {
+  if (args.x_dtype == DType::f32 || w.in % kForwardDepth || w.in > kMaxIn || !valid_block_size(w.block_size) ||
+      args.splits < 1 || !aligned(args.x) || !aligned(w.packed)) {
     return cudaErrorInvalidValue;
   }
   if (args.rows == 0 || w.out == 0) return cudaSuccess;

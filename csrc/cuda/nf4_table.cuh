@@ -53,6 +53,17 @@ __device__ __forceinline__ uint32_t dequantize_pair(uint32_t table, uint32_t lan
 // In global memory, where neighbouring threads read it in one request.
 static __device__ const float kDynamicTable[256] = {PEFTKERN_DYNAMIC_CODES};
 
+// A double-quantized absmax. Two roundings, as dequantize_absmax.
+__device__ __forceinline__ float decode_absmax(uint8_t code, float nested_absmax, float offset) {
+  return __fadd_rn(__fmul_rn(kDynamicTable[code], nested_absmax), offset);
+}
+
+// absmax of a block of a weight.
+__device__ __forceinline__ float absmax_of(const Nf4Matrix& weight, int64_t block) {
+  if (weight.absmax) return weight.absmax[block];
+  return decode_absmax(weight.codes[block], weight.nested_absmax[block / kNestedBlockSize], *weight.offset);
+}
+
 // Walks along the absmax of a row of a weight. Offsets into the row are 32-bit, so that a step of a product costs few
 // instructions.
 class AbsmaxRow {
@@ -60,12 +71,11 @@ class AbsmaxRow {
   // From the flat element `element` on.
   __device__ __forceinline__ AbsmaxRow(const Nf4Matrix& weight, int block_size_log2, int64_t element)
       : nested_(weight.absmax == nullptr), block_size_log2_(block_size_log2) {
-    const int64_t block = element >> block_size_log2;
+    const int64_t group = (element >> block_size_log2) / kNestedBlockSize, block = group * kNestedBlockSize;
     k_ = static_cast<int>(element - (block << block_size_log2));
     if (nested_) {
       blocks_ = weight.codes + block;
-      groups_ = weight.nested_absmax + block / kNestedBlockSize;
-      first_block_ = static_cast<int>(block % kNestedBlockSize);
+      groups_ = weight.nested_absmax + group;
       offset_ = *weight.offset;
     } else {
       blocks_ = weight.absmax + block;
@@ -74,11 +84,10 @@ class AbsmaxRow {
 
   // Of the block that holds the k-th element from here.
   __device__ __forceinline__ float at(int k) const {
-    const int block = (k_ + k) >> block_size_log2_;
+    const uint32_t block = static_cast<uint32_t>(k_ + k) >> block_size_log2_;
     if (!nested_) return static_cast<const float*>(blocks_)[block];
-    const float code = kDynamicTable[static_cast<const uint8_t*>(blocks_)[block]];
-    const float group = groups_[static_cast<uint32_t>(first_block_ + block) / static_cast<uint32_t>(kNestedBlockSize)];
-    return __fadd_rn(__fmul_rn(code, group), offset_);  // two roundings, as dequantize_absmax
+    const float group = groups_[block / static_cast<uint32_t>(kNestedBlockSize)];
+    return decode_absmax(static_cast<const uint8_t*>(blocks_)[block], group, offset_);
   }
 
   __device__ __forceinline__ void advance(int k) { k_ += k; }
@@ -86,9 +95,9 @@ class AbsmaxRow {
  private:
   const bool nested_;
   const int block_size_log2_;
-  const void* blocks_;  // codes if nested, else absmax
-  const float* groups_ = nullptr;
-  int k_, first_block_ = 0;
+  const void* blocks_;             // codes if nested, else absmax, from a multiple of 256 blocks on
+  const float* groups_ = nullptr;  // nested_absmax from there on
+  int k_;                          // elements from there
   float offset_ = 0.0f;
 };
 

@@ -39,25 +39,24 @@ inline bool can_fuse(const Terms& t, const Tensor& activations) {
          t.in > 0 && t.in % 64 == 0 && in_chunks(activations) && in_chunks(t.weight);
 }
 
-// The weight as the fused kernels take it, with what has to live as long.
+// A weight as the kernels take it, and the dense tensors that it points into.
 struct FusedWeight {
-  Tensor packed, absmax;
+  Tensor packed, scales;
   OptionalTensor nested_absmax, offset;
   Nf4Matrix matrix;
 
-  explicit FusedWeight(const Terms& t)
-      : packed(dense(t.weight)),
-        absmax(dense(t.absmax->values)),
-        nested_absmax(t.absmax->nested() ? OptionalTensor(dense(*t.absmax->nested_absmax)) : std::nullopt),
-        offset(t.absmax->offset),
-        matrix{.packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
-               .absmax = nested_absmax ? nullptr : const_floats(absmax),
-               .codes = nested_absmax ? static_cast<const uint8_t*>(absmax.const_data_ptr()) : nullptr,
-               .nested_absmax = const_floats(nested_absmax),
-               .offset = const_floats(offset),
-               .out = t.out,
-               .in = t.in,
-               .block_size = t.block_size} {}
+  explicit FusedWeight(const Terms& t) : packed(dense(t.weight)), scales(dense(t.absmax->values)) {
+    const bool nested = t.absmax->nested();
+    if (nested) nested_absmax = dense(*t.absmax->nested_absmax), offset = dense(*t.absmax->offset);
+    matrix = {.packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+              .absmax = nested ? nullptr : const_floats(scales),
+              .codes = nested ? static_cast<const uint8_t*>(scales.const_data_ptr()) : nullptr,
+              .nested_absmax = const_floats(nested_absmax),
+              .offset = const_floats(offset),
+              .out = t.out,
+              .in = t.in,
+              .block_size = t.block_size};
+  }
 };
 
 inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p) {
@@ -89,6 +88,23 @@ inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p)
   return y;
 }
 
+inline Tensor fused_gradient(const CudaBackend& backend, const GradientProduct& p) {
+  const Terms& t = p.terms;
+  Tensor dx = empty(p.q, {p.rows(), t.in}, p.q.scalar_type());
+  const FusedWeight weight(t);
+  const OptionalTensor a = p.dh ? OptionalTensor(dense(*t.A)) : std::nullopt;
+  backend.nf4_gradient({.q = p.q.const_data_ptr(),
+                        .q_dtype = dtype_of(p.q, "grad"),
+                        .rows = p.rows(),
+                        .weight = weight.matrix,
+                        .dh = const_floats(p.dh),
+                        .rank = p.dh ? t.rank : 0,
+                        .factor = a ? factor(*a, true, "A") : Factor{nullptr, DType::f32, true},
+                        .dropout = p.dh ? t.dropout : Dropout{},
+                        .dx = dx.mutable_data_ptr()});
+  return dx;
+}
+
 // ---- the tables
 
 inline constexpr Way<CudaBackend, ForwardProduct> kCudaForward[] = {
@@ -99,6 +115,9 @@ inline constexpr Way<CudaBackend, ForwardProduct> kCudaForward[] = {
 };
 
 inline constexpr Way<CudaBackend, GradientProduct> kCudaGradient[] = {
+    // whole 16-byte chunks of a row of q
+    {"nf4_fused", [](const GradientProduct& p) { return can_fuse(p.terms, p.q) && p.terms.out % 8 == 0; },
+     fused_gradient, [](const GradientProduct& p) { return fused_pays(p.rows()); }},
     kLibraryAccumulateGradient<CudaBackend>,
     kLibraryGradient<CudaBackend>,
 };

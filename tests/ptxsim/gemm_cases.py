@@ -18,7 +18,7 @@ LOW_RANK_TOLERANCE = 3 * 2**-18
 their low parts, of at most 2^-9 each, which is not made (csrc/cuda/nf4_forward.cu)."""
 
 
-def _weight(problem: Problem, out: int, columns: int, block_size: int, nested: bool, dtype: torch.dtype):
+def nf4_weight(problem: Problem, out: int, columns: int, block_size: int, nested: bool, dtype: torch.dtype):
     """The argument, and W [out, columns] with the bits of dequantize_nf4, in float64."""
     blocks = -(-out * columns // block_size)
     packed = torch.randint(256, (out * columns // 2,), dtype=torch.uint8)
@@ -44,7 +44,7 @@ def _nf4_forward(
     problem, dtype, alpha = Problem(), TORCH_DTYPE[x], 0.75
     values, u, f = random(rows, columns, dtype=x), random(rows, rank), random(out, rank, dtype=factor)
     scale, shift = random(out), random(out)
-    matrix, w = _weight(problem, out, columns, block_size, nested, dtype)
+    matrix, w = nf4_weight(problem, out, columns, block_size, nested, dtype)
     args = problem.args = Nf4Forward(
         x=problem.place("x", values), x_dtype=x, rows=rows, weight=matrix,
         u=problem.place("u", u, misaligned) if rank else None, rank=rank,

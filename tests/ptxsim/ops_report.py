@@ -21,13 +21,23 @@ ARCH = "sm_80"
 
 # Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
 OPERANDS = {
-    "low_rank_down": {"x": "x.load(", "factor": "factor.load(", "out": "args.out["},
+    "low_rank_down": {
+        "x": "x[group][i].load(", "factor": "factor.load(args", "out": "store_as(out, dtype",
+        "out ": "out[row * args.rank", "out  ": "workspace[part * n",
+    },
     "low_rank_up": {
         "u": "load_chunk(args.u", "factor": "factor.load(", "out_scale": "args.out_scale + column",
         "bias": "args.bias + column", "y": "y_chunk[i].load(", "y ": "static_cast<T*>(args.y) + index",
         "z": "static_cast<T*>(args.z) + index",
     },
-    "low_rank_grad": {"x": "next_x.load(", "u": "next_u[i].load(", "grad": "store_as(args.grad"},
+    "low_rank_grad": {
+        "x": "x[i][half].load(", "u": "args.u[row * args.rank", "grad": "store_as(args.grad",
+        "grad ": "workspace[index]", "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
+    },
+    "nf4_gradient": {
+        "q": "copy_async(stage + q_target_", "packed": "copy_async(stage + packed_target_",
+        "absmax": "absmax_of(weight_", "factor": "args.factor.data", "dh": "load_quad(args.dh", "dx": "store_quad(", "table": "kNf4Table[",
+    },
     "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
     "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
@@ -39,7 +49,8 @@ OPERANDS = {
 }  # fmt: skip
 # Where the field of the struct has another name.
 FIELDS = {
-    "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
+    "factor": ("factor.data",), "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"),
+    "y ": ("y",), "absmax, for the mean": ("absmax",),
     "all four": ("codes", "nested_absmax", "offset", "absmax"),
 }  # fmt: skip
 
@@ -60,6 +71,7 @@ def rows() -> list[Row]:
             case("low_rank_down", **down, rank=16, x=BF16, rank_major=False), "256 x 2048 bf16, rank 16, F column-major"
         ),
         Row(case("low_rank_down", **down, rank=32, x=F32), "256 x 2048 f32, rank 32"),
+        Row(case("low_rank_down", rows=2048, columns=256, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
         Row(case("low_rank_up", **up, rank=16, y=BF16, rank_major=False, **plain), "256 x 2048 bf16, rank 16"),
         Row(
             case("low_rank_up", **up, rank=16, y=BF16, p=0.1, **plain),
@@ -70,6 +82,12 @@ def rows() -> list[Row]:
         Row(case("low_rank_grad", **grad, rank=8, x=BF16, p=0.1), "2048 x 256 bf16, rank 8, dropout"),
         Row(case("low_rank_grad", **grad, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
         Row(case("low_rank_grad", **grad, rank=16, x=F32, rank_major=False), "2048 x 256 f32, rank 16, column-major"),
+        Row(case("low_rank_grad", **up, rank=16, x=BF16), "256 x 2048 bf16, rank 16"),
+        Row(
+            case("nf4_gradient", rows=64, out=512, columns=1024, rank=16, p=0.1),
+            "64 x 512 x 1024 bf16, rank 16, dropout",
+        ),
+        Row(case("nf4_gradient", rows=256, out=512, columns=8192), "256 x 512 x 8192 bf16"),
         Row(case("column_sums", **grad, g=BF16), "2048 x 256 bf16"),
         Row(case("column_sums", **grad, g=BF16, z=True), "2048 x 256 bf16, with z"),
         Row(case("column_sums", **grad, g=F32), "2048 x 256 f32"),
@@ -105,7 +123,9 @@ def count(each: Case) -> tuple[Counter, dict[str, Counter]]:
                 traffic["bytes"] += int(min(stat["bytes"], 32 * stat["sectors"]))
         totals["thread_instructions"] += result.stats["thread_instructions"]
     compulsory = {
-        o.path: o.nbytes * (2 if o.access == UPDATE else 1) for o in problem.args.operands() if o.address(problem.args)
+        o.path: o.nbytes * (2 if o.access == UPDATE else 1)
+        for o in problem.args.operands()
+        if o.address(problem.args) and o.path != "workspace"
     }
     totals["compulsory"] = sum(compulsory.values())
     for name, traffic in operands.items():
