@@ -6,10 +6,10 @@
 // multiplying. A thread block makes kRows rows x 128 columns of y; each of its 4 warps makes all rows of 32 columns, so
 // that a weight is dequantized once per block. It walks along `in` in steps of 64:
 //
-//     global memory                      shared memory, kStages stages                registers of a lane (group,
-//     member) x[rows, 64]         cp.async       x[rows][8 chunks]                            rows group + 8 i, k 16
-//     member + 0..15 packed[128, 32 B]   cp.async       packed[128][32 B]                     4 rows of W, the
-//     same 16 k absmax              registers      absmax[2 halves][128]                        of the 4 rows
+//     global memory               shared memory, kStages stages    registers of a lane (group, member)
+//     x[rows, 64]      cp.async   x[rows][8 chunks of 8]           k 16 member + 0..15 of the rows group + 8 i
+//     packed[128, 32]  cp.async   packed[128][32 bytes]            the same 16 k of 4 rows of W
+//     absmax           registers  absmax[2 halves][128]            of these 4 rows
 //
 // k is permuted, in both operands alike: slots {2 member, + 1 | + 8, + 9} of the step s of 16 are the physical
 // k = 16 member + 4 s + {0, 1 | 2, 3}. So a lane's weights are 8 consecutive bytes of the packed row, its x two 16-byte
@@ -107,7 +107,8 @@ using ForwardSums = float[kRows / 8][2][4];
 // bring half a row of 2 rows, and for the reads, of which 8 lanes take every other chunk of 2 rows.
 __device__ __forceinline__ int x_chunk_slot(int row, int chunk) { return chunk ^ (row & 1) ^ (row & 1) * 4; }
 
-// Where the 4 rows of a lane lie, and those of the 3 others that are read with it, so that they have their own banks.
+// Where a row of packed weights lies in a stage. A read takes the rows c, 4 + c, 8 + c and 12 + c of 16: each has its
+// own banks.
 __device__ __forceinline__ int packed_row_slot(int row) { return row ^ (row >> 2 & 3); }
 
 // What a thread brings to every stage. Rows after the last one are copies of it, whose results nobody stores.
@@ -204,7 +205,8 @@ class ForwardLoader {
   float value_[2] = {0.0f, 0.0f};
 };
 
-// sum += alpha * u F^T. Straight from global memory: F is read once per block, u once per warp and from L1 but once.
+// sum += alpha * u F^T, straight from global memory: a block reads F once, and u once per warp, from L1 but for the
+// first.
 template <int kRows>
 __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const ForwardTile<kRows>& tile, int warp_column,
                                              ForwardSums<kRows>& sum) {
@@ -368,7 +370,6 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
     multiply(stage, 1);
     stage = stage == last_stage ? first_stage : stage + Shared::kStageBytes;
   }
-  copy_async_wait<0>();
 
   const ForwardTile<kRows> same_tile(args);
   if (args.splits == 1) {

@@ -87,9 +87,10 @@ class AbsmaxRow {
 
  private:
   __device__ __forceinline__ float dequantized(uint32_t block, float offset) const {
-    const float code = kDynamicTable[static_cast<const uint8_t*>(blocks_)[block]];
+    const uint8_t code = static_cast<const uint8_t*>(blocks_)[block];
+    const float value = kDynamicTable[code];
     const float nested = weight_.nested_absmax[group_ + block / static_cast<uint32_t>(kNestedBlockSize)];
-    return __fadd_rn(__fmul_rn(code, nested), offset);  // two roundings, as dequantize_absmax
+    return __fadd_rn(__fmul_rn(value, nested), offset);  // two roundings, as dequantize_absmax
   }
 
   const Nf4Matrix& weight_;
