@@ -75,10 +75,10 @@ __device__ __forceinline__ void split_pair(float first, float second, uint32_t& 
 
 // ---- the multiply-add of a warp: c[16 x 8] += a[16 x 16] b[16 x 8], sums in fp32
 //
-// With group = lane / 4 and member = lane % 4, and pairs along k:
-//   a0: row group,     k 2 member    a2: row group,     k 2 member + 8      c[0], c[1]: row group,     columns 2 member
-//   + 0, 1 a1: row group + 8, k 2 member    a3: row group + 8, k 2 member + 8      c[2], c[3]: row group + 8, columns 2
-//   member + 0, 1 b0: column group,  k 2 member    b1: column group,  k 2 member + 8
+// With group = lane / 4 and member = lane % 4, a pair of k a register:
+//   a0, a1: rows group, group + 8 at k 2 member;   a2, a3: the same rows at k 2 member + 8
+//   b0, b1: column group at k 2 member, 2 member + 8
+//   c[0], c[1]: row group, columns 2 member + 0, 1;   c[2], c[3]: row group + 8
 
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

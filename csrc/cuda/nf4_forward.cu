@@ -6,10 +6,10 @@
 // multiplying. A thread block makes kRows rows x 128 columns of y; each of its 4 warps makes all rows of 32 columns, so
 // that a weight is dequantized once per block. It walks along `in` in steps of 64:
 //
-//     global memory                      shared memory, kStages stages                registers of a lane (group,
-//     member) x[rows, 64]         cp.async       x[rows][8 chunks]                            rows group + 8 i, k 16
-//     member + 0..15 packed[128, 32 B]   cp.async       packed[128][32 B]                     4 rows of W, the
-//     same 16 k absmax              registers      absmax[2 halves][128]                        of the 4 rows
+//     global memory               shared memory, kStages stages    registers of a lane (group, member)
+//     x[rows, 64]      cp.async   x[rows][8 chunks of 8]           k 16 member + 0..15 of the rows group + 8 i
+//     packed[128, 32]  cp.async   packed[128][32 bytes]            the same 16 k of 4 rows of W
+//     absmax           registers  absmax[2 halves][128]            of these 4 rows
 //
 // k is permuted, in both operands alike: slots {2 member, + 1 | + 8, + 9} of the step s of 16 are the physical
 // k = 16 member + 4 s + {0, 1 | 2, 3}. So a lane's weights are 8 consecutive bytes of the packed row, its x two 16-byte
@@ -39,7 +39,8 @@ constexpr int kXRow = 128;            // bytes of a row of x in a stage
 constexpr int kXChunks = kXRow / 16;  // of 8 values
 constexpr int kLowRankDepth = 16;     // ranks of a step of the low-rank part
 constexpr int kSplitSteps = 4;        // a split is at least so many steps long
-constexpr int64_t kMaxIn = 1 << 23;   // so that offsets within a tile fit 32 bits
+constexpr int64_t kMaxSplits = 1 << 12;
+constexpr int64_t kMaxIn = 1 << 23;  // so that offsets within a tile fit 32 bits
 static_assert(kForwardColumns == kForwardThreads, "a thread brings the absmax of one row of W");
 
 // Rows of y in a tile: the fewest of 8, 16, 32, 64, 128 that hold all, so that W is read once for up to 128 rows.
@@ -65,6 +66,19 @@ struct ForwardShared {
   static constexpr int kBlocks = kRows >= 64 ? 2 : 3;
 };
 
+// threadIdx.x and blockIdx.x, read anew: what is computed from them after the loop is not kept in registers during it,
+// of which a tile of 128 rows has none left.
+__device__ __forceinline__ uint32_t thread_anew() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ uint32_t block_anew() {
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 // The part of y that a block makes, or of whose sum over `in` it makes a part. In 32 bits, as the grid: 64-bit
 // divisions are long, and their results would take registers that the loop needs.
 template <int kRows>
@@ -75,7 +89,8 @@ struct ForwardTile {
   __device__ __forceinline__ explicit ForwardTile(const Nf4Forward& args) {
     const uint32_t row_tiles = static_cast<uint32_t>((args.rows + kRows - 1) / kRows);
     tiles = row_tiles * static_cast<uint32_t>((args.weight.out + kForwardColumns - 1) / kForwardColumns);
-    index = blockIdx.x % tiles, split = blockIdx.x / tiles;
+    const uint32_t block = block_anew();
+    index = block % tiles, split = block / tiles;
     row_tile = index % row_tiles, column_tile = index / row_tiles;
   }
 
@@ -90,9 +105,10 @@ using ForwardSums = float[kRows / 8][2][4];
 
 // Where the 16-byte chunk of a row of x lies in its row of a stage. Conflict-free for the copies, of which 8 lanes
 // bring half a row of 2 rows, and for the reads, of which 8 lanes take every other chunk of 2 rows.
-__device__ __forceinline__ int x_chunk_slot(int row, int chunk) { return chunk ^ (row & 1) * 5; }
+__device__ __forceinline__ int x_chunk_slot(int row, int chunk) { return chunk ^ (row & 1) ^ (row & 1) * 4; }
 
-// Where the 4 rows of a lane lie, and those of the 3 others that are read with it, so that they have their own banks.
+// Where a row of packed weights lies in a stage. A read takes the rows c, 4 + c, 8 + c and 12 + c of 16: each has its
+// own banks.
 __device__ __forceinline__ int packed_row_slot(int row) { return row ^ (row >> 2 & 3); }
 
 // What a thread brings to every stage. Rows after the last one are copies of it, whose results nobody stores.
@@ -105,96 +121,92 @@ class ForwardLoader {
 
  public:
   __device__ __forceinline__ ForwardLoader(const Nf4Forward& args, int block_size_log2, const ForwardTile<kRows>& tile,
-                                           int64_t first_step, int steps)
+                                           uint32_t first_step, int steps)
       : absmax_(args.weight, block_size_log2,
                 (tile.column() + last(threadIdx.x, args.weight.out - tile.column())) * args.weight.in +
                     first_step * kForwardDepth),
-        two_halves_(block_size_log2 < 6),
-        left_(steps) {
+        two_halves_(block_size_log2 < 6) {
     const int64_t in = args.weight.in;
     const int x_row = threadIdx.x / (kXChunks / 2), chunk = threadIdx.x % (kXChunks / 2);
-    x_ = static_cast<const uint8_t*>(args.x) + tile.row() * in * 2 + first_step * kXRow;
-    x_target_ = x_row * kXRow + x_chunk_slot(x_row, chunk) * 16;
+    x_ = static_cast<const uint8_t*>(args.x) + tile.row() * in * 2 + static_cast<int64_t>(first_step) * kXRow;
 #pragma unroll
     for (int i = 0; i < kRowCount; ++i) {
       const int row = last(x_row + i * kRowStep, args.rows - tile.row());
       x_offset_[i] = static_cast<uint32_t>(row) * static_cast<uint32_t>(in) * 2 + chunk * 16;
     }
     const int packed_row = threadIdx.x / 2, half = threadIdx.x % 2;
-    packed_ = args.weight.packed + tile.column() * (in / 2) + first_step * kPackedRow;
-    packed_target_ = Shared::kPacked + packed_row_slot(packed_row) * kPackedRow + half * 16;
+    packed_ = args.weight.packed + tile.column() * (in / 2) + static_cast<int64_t>(first_step) * kPackedRow;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = last(packed_row + i * kPackedStep, args.weight.out - tile.column());
       packed_offset_[i] = static_cast<uint32_t>(row) * static_cast<uint32_t>(in / 2) + half * 16;
     }
-    fetch_absmax(left_ > 0);
+    fetch_absmax(steps > 0);
   }
 
-  // The weights of the first step.
-  __device__ __forceinline__ void load_first_weights(uint32_t stage) {
-    load_weights(stage);
+  // The weights of the first step, if there is one.
+  __device__ __forceinline__ void load_first_weights(uint32_t stage, int steps) {
+    load_weights(stage, thread_anew(), steps > 0);
     copy_async_commit();
-    fetch_absmax();
+    fetch_absmax(steps > 1);
   }
 
-  // To `stage` x of the next step and the weights of the step after it; nothing after the last step.
-  __device__ __forceinline__ void load(uint32_t stage) {
-    if (left_ > 0) {
-      --left_;
+  // To `stage` x of the next step, and the weights of the step after it. left: how many steps there are from that of x
+  // on.
+  __device__ __forceinline__ void load(uint32_t stage, int left) {
+    if (left > 0) {
+      const uint32_t thread = thread_anew(), row = thread / (kXChunks / 2), chunk = thread % (kXChunks / 2);
+      const uint32_t target = stage + row * kXRow + x_chunk_slot(row, chunk) * 16;
 #pragma unroll
       for (int i = 0; i < kRowCount; ++i) {
         if (kRows < kRowStep && threadIdx.x >= kRows * (kXChunks / 2)) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          copy_async(stage + (x_target_ ^ (half * (kXRow / 2))) + i * kRowStep * kXRow,
-                     x_ + x_offset_[i] + half * (kXRow / 2), 16);
+          copy_async((target ^ (half * (kXRow / 2))) + i * kRowStep * kXRow, x_ + x_offset_[i] + half * (kXRow / 2),
+                     16);
         }
       }
       x_ += kXRow;
-      load_weights(stage);
+      load_weights(stage, thread, left > 1);
     }
     copy_async_commit();
   }
 
-  // For the next load(), which stores it: to be called half a step before, so that nothing waits for it.
-  __device__ __forceinline__ void fetch_absmax() { fetch_absmax(left_ > 1); }
+  // The absmax that the next load() stores: half a step before, so that nothing waits for it. more: there is that step.
+  __device__ __forceinline__ void fetch_absmax(bool more) {
+    if (!more) return;
+    absmax_.get(value_[0], value_[1], kForwardDepth / 2, two_halves_);
+    absmax_.advance(kForwardDepth);
+  }
 
  private:
   __device__ __forceinline__ static int last(int row, int64_t rows) {
     return row < rows ? row : static_cast<int>(rows) - 1;
   }
 
-  __device__ __forceinline__ void fetch_absmax(bool more) {
-    if (!more) return;
-    value_[0] = absmax_.at(0);
-    if (two_halves_) value_[1] = absmax_.at(kForwardDepth / 2);
-    absmax_.advance(kForwardDepth);
-  }
-
   // After the last step zeros, which are dequantized and not used.
-  __device__ __forceinline__ void load_weights(uint32_t stage) {
+  __device__ __forceinline__ void load_weights(uint32_t stage, uint32_t thread, bool more) {
+    const uint32_t row = thread / 2, half = thread % 2;
+    const uint32_t packed = stage + Shared::kPacked + packed_row_slot(row) * kPackedRow + half * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      copy_async(stage + packed_target_ + i * kPackedStep * kPackedRow, packed_ + packed_offset_[i],
-                 left_ > 0 ? 16 : 0);
+      copy_async(packed + i * kPackedStep * kPackedRow, packed_ + packed_offset_[i], more ? 16 : 0);
     }
     packed_ += kPackedRow;
-    const uint32_t target = stage + Shared::kAbsmax + threadIdx.x * static_cast<uint32_t>(sizeof(float));
-    store_shared_float(target, value_[0]);
-    if (two_halves_) store_shared_float(target + Shared::kAbsmaxHalf, value_[1]);
+    const uint32_t absmax = stage + Shared::kAbsmax + thread * static_cast<uint32_t>(sizeof(float));
+    store_shared_float(absmax, value_[0]);
+    if (two_halves_) store_shared_float(absmax + Shared::kAbsmaxHalf, value_[1]);
   }
 
   AbsmaxRow absmax_;
   const bool two_halves_;       // blocks of 32, so that a step has two of them
   const uint8_t *x_, *packed_;  // the same for all threads; their offsets within a tile are 32-bit
   uint32_t x_offset_[kRowCount], packed_offset_[2];
-  uint32_t x_target_, packed_target_;
-  int left_;  // steps of x
   float value_[2] = {0.0f, 0.0f};
 };
 
-// sum += alpha * u F^T. Straight from global memory: F is read once per block, u once per warp and from L1 but once.
+// sum += alpha * u F^T, straight from global memory: a block reads F once, and u once per warp, from L1 but for the
+// first.
 template <int kRows>
 __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const ForwardTile<kRows>& tile, int warp_column,
                                              ForwardSums<kRows>& sum) {
@@ -240,9 +252,9 @@ __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const Forwa
 template <class T, int kRows>
 __device__ __forceinline__ void store_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile,
                                            const ForwardSums<kRows>& sum) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const uint32_t thread = thread_anew(), group = thread % 32 / 4, member = thread % 4;
   const int64_t out = args.weight.out;
-  const int64_t column = tile.column() + threadIdx.x / 32 * kWarpColumns + 4 * group, valid = out - column;
+  const int64_t column = tile.column() + thread / 32 * kWarpColumns + 4 * group, valid = out - column;
   const bool y_aligned = quads_aligned<T>(args.y, out * sizeof(T)),
              z_aligned = quads_aligned<T>(args.z, out * sizeof(T));
   float out_scale[kQuad], bias[kQuad];
@@ -271,7 +283,7 @@ __device__ __forceinline__ void store_tile(const Nf4Forward& args, const Forward
 template <int kRows>
 __device__ __forceinline__ float4* part_of_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile, int64_t split) {
   return reinterpret_cast<float4*>(args.workspace) + (split * tile.tiles + tile.index) * (kRows / 4) * kForwardThreads +
-         threadIdx.x;
+         thread_anew();
 }
 
 template <class T, int kRows>
@@ -284,18 +296,19 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   const uint32_t first_stage = table + kByteTableBytes, last_stage = first_stage + (kStages - 1) * Shared::kStageBytes;
 
   const ForwardTile<kRows> tile(args);
-  const int64_t all_steps = args.weight.in / kForwardDepth;
-  const int64_t first_step = all_steps * tile.split / args.splits;
-  const int steps = static_cast<int>(all_steps * (tile.split + 1) / args.splits - first_step);
+  const uint32_t all_steps = static_cast<uint32_t>(args.weight.in / kForwardDepth);
+  const uint32_t splits = static_cast<uint32_t>(args.splits);
+  const uint32_t first_step = all_steps * tile.split / splits;
+  const int steps = static_cast<int>(all_steps * (tile.split + 1) / splits - first_step);
   const int warp_column = threadIdx.x / 32 * kWarpColumns;
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 
   ForwardLoader<kRows> loader(args, block_size_log2, tile, first_step, steps);
-  loader.load_first_weights(last_stage);
+  loader.load_first_weights(last_stage, steps);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    loader.load(first_stage + s * Shared::kStageBytes);
-    loader.fetch_absmax();
+    loader.load(first_stage + s * Shared::kStageBytes, steps - s);
+    loader.fetch_absmax(steps > s + 2);
   }
   fill_byte_table(shared, threadIdx.x, kForwardThreads);
 
@@ -346,23 +359,23 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
 
   uint32_t stage = first_stage, free_stage = last_stage;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int left = steps; left > 0; --left) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the stage has arrived from all threads, and none reads the free one any more
-    loader.load(free_stage);
+    loader.load(free_stage, left - (kStages - 1));
     free_stage = stage;
     multiply(stage, 0);
-    loader.fetch_absmax();
+    loader.fetch_absmax(left > kStages + 1);
     read_weights(stage);
     multiply(stage, 1);
     stage = stage == last_stage ? first_stage : stage + Shared::kStageBytes;
   }
-  copy_async_wait<0>();
 
+  const ForwardTile<kRows> same_tile(args);
   if (args.splits == 1) {
-    store_tile<T, kRows>(args, tile, sum);
+    store_tile<T, kRows>(args, same_tile, sum);
   } else {
-    float4* part = part_of_tile<kRows>(args, tile, tile.split);
+    float4* part = part_of_tile<kRows>(args, same_tile, same_tile.split);
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       const float (&v)[4] = sum[i / 2][i % 2];
@@ -416,8 +429,8 @@ static cudaError_t launch_rows(const Nf4Forward& args, int block_size_log2, cuda
 cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream) {
   const Nf4Matrix& w = args.weight;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (args.x_dtype == DType::f32 || w.in % kForwardDepth || w.in > kMaxIn || !valid_block_size(w.block_size) ||
-      args.splits < 1 || !aligned(args.x) || !aligned(w.packed)) {
+  if (args.x_dtype == DType::f32 || w.in % kForwardDepth || w.in > kMaxIn || args.splits > kMaxSplits ||
+      !valid_block_size(w.block_size) || args.splits < 1 || !aligned(args.x) || !aligned(w.packed)) {
     return cudaErrorInvalidValue;
   }
   if (args.rows == 0 || w.out == 0) return cudaSuccess;

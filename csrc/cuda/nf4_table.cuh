@@ -64,41 +64,49 @@ __device__ __forceinline__ float absmax_of(const Nf4Matrix& weight, int64_t bloc
   return decode_absmax(weight.codes[block], weight.nested_absmax[block / kNestedBlockSize], *weight.offset);
 }
 
-// Walks along the absmax of a row of a weight. Offsets into the row are 32-bit, so that a step of a product costs few
-// instructions.
+// Walks along the absmax of a row of a weight, a kernel's argument. Offsets into the row are 32-bit, and what is the
+// same for all threads stays in the argument, so that a step of a product costs few instructions and registers.
 class AbsmaxRow {
  public:
   // From the flat element `element` on.
   __device__ __forceinline__ AbsmaxRow(const Nf4Matrix& weight, int block_size_log2, int64_t element)
-      : nested_(weight.absmax == nullptr), block_size_log2_(block_size_log2) {
+      : weight_(weight), block_size_log2_(block_size_log2) {
     const int64_t group = (element >> block_size_log2) / kNestedBlockSize, block = group * kNestedBlockSize;
-    k_ = static_cast<int>(element - (block << block_size_log2));
-    if (nested_) {
-      blocks_ = weight.codes + block;
-      groups_ = weight.nested_absmax + group;
-      offset_ = *weight.offset;
-    } else {
+    group_ = static_cast<uint32_t>(group);
+    k_ = static_cast<uint32_t>(element - (block << block_size_log2));
+    if (weight.absmax) {
       blocks_ = weight.absmax + block;
+    } else {
+      blocks_ = weight.codes + block;
     }
   }
 
-  // Of the block that holds the k-th element from here.
-  __device__ __forceinline__ float at(int k) const {
-    const uint32_t block = static_cast<uint32_t>(k_ + k) >> block_size_log2_;
-    if (!nested_) return static_cast<const float*>(blocks_)[block];
-    const float group = groups_[block / static_cast<uint32_t>(kNestedBlockSize)];
-    return decode_absmax(static_cast<const uint8_t*>(blocks_)[block], group, offset_);
+  // Of the block that holds the next element, and of the one that holds the k-th from there; the second only if `both`.
+  __device__ __forceinline__ void get(float& first, float& second, uint32_t k, bool both) const {
+    const uint32_t block = k_ >> block_size_log2_, next = (k_ + k) >> block_size_log2_;
+    if (weight_.absmax) {
+      first = static_cast<const float*>(blocks_)[block];
+      if (both) second = static_cast<const float*>(blocks_)[next];
+    } else {
+      const float offset = *weight_.offset;
+      first = dequantized(block, offset);
+      if (both) second = dequantized(next, offset);
+    }
   }
 
-  __device__ __forceinline__ void advance(int k) { k_ += k; }
+  __device__ __forceinline__ void advance(uint32_t k) { k_ += k; }
 
  private:
-  const bool nested_;
+  __device__ __forceinline__ float dequantized(uint32_t block, float offset) const {
+    const float nested = weight_.nested_absmax[group_ + block / static_cast<uint32_t>(kNestedBlockSize)];
+    return decode_absmax(static_cast<const uint8_t*>(blocks_)[block], nested, offset);
+  }
+
+  const Nf4Matrix& weight_;
   const int block_size_log2_;
-  const void* blocks_;             // codes if nested, else absmax, from a multiple of 256 blocks on
-  const float* groups_ = nullptr;  // nested_absmax from there on
-  int k_;                          // elements from there
-  float offset_ = 0.0f;
+  const void* blocks_;  // absmax or codes, from a multiple of 256 blocks on
+  uint32_t group_;      // the number of that 256
+  uint32_t k_;          // elements from there
 };
 
 }  // namespace peftkern

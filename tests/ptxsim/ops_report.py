@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .cudart import CUDA_SOURCES, ROOT, Device
-from .ops import BF16, F32, UPDATE
+from .ops import BF16, F16, F32, UPDATE
 from .ops_cases import Case, case
 
 DOCUMENT = ROOT / "docs" / "simulated.md"
@@ -41,6 +41,14 @@ OPERANDS = {
     "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
     "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
+    "nf4_forward": {
+        "x": "copy_async((target", "packed": "copy_async(packed", "absmax": "static_cast<const float*>(blocks_)",
+        "codes": "static_cast<const uint8_t*>(blocks_)", "nested_absmax": "weight_.nested_absmax[",
+        "offset": "*weight_.offset", "table": "kDynamicTable[code]", "table ": "kNf4Table[", "u": "load_quad(args.u",
+        "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale", "bias": "load_quad(args.bias",
+        "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
+        "workspace": "part[i * kForwardThreads]",
+    },
     "quantize_absmax": {
         "absmax, for the mean": "args.absmax[i]", "absmax": "load_chunk(args.absmax", "codes": "args.codes[index",
         "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset", "table": "kDynamicTable[",
@@ -49,8 +57,9 @@ OPERANDS = {
 }  # fmt: skip
 # Where the field of the struct has another name.
 FIELDS = {
-    "factor": ("factor.data",), "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"),
-    "y ": ("y",), "absmax, for the mean": ("absmax",),
+    "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"), "codes": ("codes", "weight.codes"),
+    "nested_absmax": ("nested_absmax", "weight.nested_absmax"), "offset": ("offset", "weight.offset"),
+    "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
     "all four": ("codes", "nested_absmax", "offset", "absmax"),
 }  # fmt: skip
 
@@ -64,6 +73,7 @@ class Row:
 def rows() -> list[Row]:
     down, up, grad = (dict(rows=n, columns=m) for n, m in ((256, 2048), (256, 2048), (2048, 256)))
     plain = dict(out_scale=False, bias=False, z=False)
+    gemm, everything = dict(out=512, columns=1024), dict(rank=16, out_scale=True, bias=True, z=True)
     return [
         Row(case("low_rank_down", **down, rank=8, x=BF16), "256 x 2048 bf16, rank 8"),
         Row(case("low_rank_down", **down, rank=16, x=BF16, p=0.1), "256 x 2048 bf16, rank 16, dropout"),
@@ -96,6 +106,12 @@ def rows() -> list[Row]:
         Row(case("quantize_nf4", n=2**19, block_size=64, w=F32, special=False), "524,288 f32, blocks of 64"),
         Row(case("dequantize_nf4", n=2**19, block_size=64, out=BF16), "524,288 bf16, blocks of 64"),
         Row(case("dequantize_nf4", n=2**19, block_size=64, out=F32), "524,288 f32, blocks of 64"),
+        Row(case("nf4_forward", **gemm, rows=8, rank=16), "8 x 1024 bf16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=8, splits=4), "8 x 1024 bf16 to 512, 4 splits"),
+        Row(case("nf4_forward", **gemm, rows=16, rank=16, nested=True), "16 x 1024 bf16 to 512, rank 16, nested"),
+        Row(case("nf4_forward", **gemm, rows=64, rank=16, x=F16), "64 x 1024 f16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=128, rank=16), "128 x 1024 bf16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=256, **everything), "256 x 1024 bf16 to 512, rank 16, all"),
         Row(case("quantize_absmax", n=2**16), "65,536"),
         Row(case("dequantize_absmax", n=2**16), "65,536"),
     ]
