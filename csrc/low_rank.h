@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the low-rank kernels compute, in raw pointers. Both backends implement these four, and everything in
 // peftkern/ops/adapted_linear.py is made of them and the products of csrc/products.h.
-// Torch-free. All matrices are dense and row-major; all sums are in fp32 and in an order that depends on neither the
-// number of threads nor the tiling of rows, so results are repeatable to the bit.
+// Torch-free. All matrices are dense and row-major; all sums are in fp32 and in an order that depends on the shape and
+// not on the number of threads, so results are repeatable to the bit.
 #pragma once
 #include "dropout.h"
 #include "dtypes.h"

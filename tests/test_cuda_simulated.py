@@ -282,6 +282,8 @@ def test_adapted_linear_on_simulated_kernels(sample):
     assert device.launched or not y.numel() or (sample.r is None and isinstance(weight, torch.Tensor))
     fused = isinstance(weight, peftkern.NF4Weight) and sample.x != torch.float32 and sample.fan_in % 64 == 0
     assert any("nf4_forward_kernel" in name for name, *_ in device.launched) == bool(fused and y.numel())
+    fused &= sample.fan_out % 8 == 0
+    assert any("nf4_gradient_kernel" in name for name, *_ in device.launched) == bool(fused and y.numel())
     on_cpu = sample.make()
     expected_y, leaves = sample.make().reference()
     cpu_y, _ = backward(on_cpu)

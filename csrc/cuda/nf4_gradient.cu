@@ -361,8 +361,10 @@ static cudaError_t launch_rows(const Nf4Gradient& args, int block_size_log2, cud
 cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream) {
   const Nf4Matrix& w = args.weight;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (args.q_dtype == DType::f32 || w.in % 64 || w.out % kChunk || !valid_block_size(w.block_size) ||
-      !aligned(args.q) || !aligned(w.packed)) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 256;  // rows are counted in 32 bits, and so are blocks
+  if (args.q_dtype == DType::f32 || w.in % 64 || w.out % kChunk || w.out > kMost ||
+      w.out * w.in / kMinBlockSize > kMost || !valid_block_size(w.block_size) || !aligned(args.q) ||
+      !aligned(w.packed)) {
     return cudaErrorInvalidValue;
   }
   if (args.rows == 0 || w.in == 0) return cudaSuccess;

@@ -36,7 +36,8 @@ OPERANDS = {
     },
     "nf4_gradient": {
         "q": "copy_async(stage + q_target_", "packed": "copy_async(stage + packed_target_",
-        "absmax": "absmax_of(weight_", "factor": "args.factor.data", "dh": "load_quad(args.dh", "dx": "store_quad(", "table": "kNf4Table[",
+        "absmax": "absmax_of(weight_", "factor": "args.factor.data", "dh": "load_quad(args.dh",
+        "dx": "store_quad(", "table": "kNf4Table[",
     },
     "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
