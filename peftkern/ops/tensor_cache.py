@@ -17,6 +17,10 @@ class TensorCache:
     def __init__(self) -> None:
         self._entries: dict[str, tuple[tuple, Any, Sequence[Tensor]]] = {}
 
+    def __reduce__(self):
+        """A copy, and what is unpickled, starts empty: its tensors are others."""
+        return TensorCache, ()
+
     def get(self, name: str, key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """make(), or what it gave before for these tensors and this key. Not kept, so that it is part of the graph,
         where gradients flow through it, nor under torch.compile; inference tensors have no version."""
