@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .config import AdaLoraConfig, LoraConfig
+from .config import AdaLoraConfig, LoraConfig, is_target
 from .modules import AdaptedLinear
 
 
@@ -25,8 +25,8 @@ def find_saved_modules(model: nn.Module, config: LoraConfig | AdaLoraConfig) -> 
     if endings and not found and not config.task_type:
         raise ValueError(f"modules_to_save: expected names of modules, {endings!r} matches none")
     for name, module in found.items():
-        if any(isinstance(m, AdaptedLinear) for m in module.modules()):
-            raise ValueError(f"modules_to_save: expected modules without adapters, {name!r} has one")
+        if any(isinstance(m, AdaptedLinear) for m in module.modules()) or is_target(config, name):
+            raise ValueError(f"modules_to_save: expected modules without adapters to be named, {name!r} has one")
         for leaf, p in module.named_parameters():
             if not p.is_floating_point():
                 raise ValueError(

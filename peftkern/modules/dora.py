@@ -46,4 +46,8 @@ def dora_forward(layer: LoRALinear, x: Tensor) -> Tensor:
 @torch.no_grad()
 def dora_delta(layer: LoRALinear, weight: Tensor, low_rank: Tensor) -> Tensor:
     """float32: what the layer adds to its dense weight, scaling * B A being low_rank."""
+    if layer.merged:
+        raise RuntimeError(
+            "delta_weight: expected an unmerged DoRA layer, whose change depends on the weight; unmerge()"
+        )
     return out_scale(layer).float()[:, None] * (weight + low_rank) - weight

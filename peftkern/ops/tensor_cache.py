@@ -31,6 +31,7 @@ class TensorCache:
         key += tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
         entry = self._entries.get(name)
         if entry is None or entry[0] != key:
-            # with the tensors, so that no other tensor can come to lie at their address while the entry lives
-            entry = self._entries[name] = (key, make(), tensors)
+            # with their memory, so that no other tensor can come to lie there while the entry lives; not with the
+            # tensors, since a parameter may be given other data (module.to(dtype))
+            entry = self._entries[name] = (key, make(), [t.detach() for t in tensors])
         return entry[1]
