@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from .config import AdaLoraConfig, LoraConfig, is_excluded, is_target, read_config, with_task_heads
-from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRAEmbedding, LoRALinear, NF4Linear
+from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRAEmbedding, LoRALinear, NF4Linear, TiedLoRALinear
 from .modules.conv1d import is_conv1d, new_conv1d
 from .modules.lora import Quantize, quantize_config
 from .modules.nf4_experts import stack_bytes
 from .ops import NF4Config
-from .whole_modules import find_saved_modules, shared_names, train_whole
+from .whole_modules import find_saved_modules, shared_names, tied_sources, train_whole, with_tied
 
 
 def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module:
@@ -40,11 +40,19 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
         raise ValueError("model: expected one without adapters, got one with HF PEFT's; call merge_and_unload() first")
     targets, saved = find_targets(model, config), find_saved_modules(model, config)
     tied = _tied_targets(model, targets, nf4)
+    tied_to = tied_sources(model) if getattr(config, "ensure_weight_tying", False) else {}
+    if tied_to:
+        tied = {}
     trained = [(p, p.requires_grad) for p in model.parameters()]
     replacements: dict[int, nn.Module] = {}
     for name, linear in targets.items():
         try:
-            replacements[id(linear)] = _adapted(config, name, linear, nf4).train(linear.training)
+            source = replacements.get(id(tied_to.get(name)))
+            if isinstance(source, LoRAEmbedding) and isinstance(linear, nn.Linear):
+                layer: AdaptedLinear = TiedLoRALinear.from_tied(linear, source)
+            else:
+                layer = _adapted(config, name, linear, nf4)
+            replacements[id(linear)] = layer.train(linear.training)
         except Exception as error:
             for p, requires_grad in trained:
                 p.requires_grad_(requires_grad)
@@ -61,7 +69,7 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     for p in model.parameters():
         p.requires_grad_(id(p) in adapters)
     for name in saved:
-        train_whole(model, name)
+        train_whole(model, name, keep_tied=bool(tied_to))
     for bias in trainable_biases(model, config.bias, dict(adapted_layers(model))).values():
         bias.requires_grad_(True)
     model.peftkern_config = config
@@ -122,6 +130,8 @@ def find_targets(model: nn.Module, config: LoraConfig | AdaLoraConfig) -> dict[s
             f"target_modules: expected the names of linear layers, {config.target_modules!r} matches none; "
             f"the model has {len(linears)}: {some}{', ...' if len(linears) > 8 else ''}"
         )
+    if getattr(config, "ensure_weight_tying", False):
+        targets = with_tied(model, targets)
     for name, module in asked.items():
         if name not in targets:
             raise ValueError(

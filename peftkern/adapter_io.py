@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .adapt import adapt, adapted_layers, find_targets, trainable_biases
 from .config import AdaLoraConfig, LoraConfig, matches, read_config, with_task_heads
 from .files import write_whole
-from .modules import AdaLoRALinear, AdaptedLinear, LoRAEmbedding, LoRALinear
+from .modules import AdaLoRALinear, AdaptedLinear, LoRAEmbedding, LoRALinear, TiedLoRALinear
 from .modules.adalora import rank_axis
 from .modules.adapted import features_of
 from .ops.library import FLOAT_DTYPES
@@ -146,7 +146,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
                 layer.resize(config.present_in(name))
     scalings = _scalings(model, config) if isinstance(config, LoraConfig) else {}
     with torch.no_grad():
+        tied = tuple(f"{PREFIX}{name}." for name, layer in adapted_layers(model) if isinstance(layer, TiedLoRALinear))
         for name, target in _adapter_tensors(model).items():
+            if name.startswith(tied):
+                continue  # the same numbers as its embedding's
             if not layers and name.endswith(ADAPTER_NAMES):  # the file's dtype is the one the adapter was trained in
                 # a copy: what safetensors returns is the mapped file, which another program may overwrite
                 target.data = tensors[name].to(target.device, copy=True)
@@ -200,6 +203,7 @@ def _config_of(model: nn.Module) -> Config:
             f"^{re.escape(name)}": m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha
         },
         bias="lora_only" if any(m.bias is not None and m.bias.requires_grad for m in layers.values()) else "none",
+        ensure_weight_tying=any(isinstance(m, TiedLoRALinear) for m in layers.values()),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import adapter_io
 from .adapt import adapted_layers, plain_linear, replace_modules
 from .adapter_io import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from .config import LoraConfig, matches, read_config
+from .config import LoraConfig, check_only_adds, matches, read_config
 from .files import write_whole
 from .modules import AdaptedLinear, LoRAEmbedding, LoRALinear
 from .ops import jacobi_svd
@@ -359,6 +359,11 @@ def _compress_folder(source: Path, output: Path, goal: _Goal) -> Compression:
 def _compress_tensors(
     tensors: Mapping[str, Tensor], config: LoraConfig | None, goal: _Goal, source: str
 ) -> Compression:
+    if config is not None:
+        try:
+            check_only_adds(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     keys = _adapter_keys(tensors, source)
     scalings = LoraConfig(lora_alpha=1, r=1) if config is None else config
     factors = {
@@ -424,9 +429,13 @@ def _divisor(config: LoraConfig, rank: int) -> float:
 
 def _lora_config(config: Any) -> LoraConfig:
     """What a config of another method says about the model, as one of plain LoRA."""
+    check_only_adds(config)
     if type(config) is LoraConfig:
         return config
-    names = ("lora_dropout", "target_modules", "exclude_modules", "bias", "task_type", "base_model_name_or_path")
+    names = (
+        "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+        "bias", "task_type", "base_model_name_or_path",
+    )  # fmt: skip
     return LoraConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 

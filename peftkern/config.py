@@ -12,6 +12,7 @@ from typing import Any
 
 from .modules.adalora import check_adalora
 from .modules.lora import check_lora
+from .modules.starts import is_decomposition
 
 BIAS = ("none", "all", "lora_only")
 TASK_HEADS = {
@@ -32,6 +33,8 @@ class LoraConfig:
     modules_to_save: endings of names of modules that train as a whole and are saved with the adapter.
     rank_pattern, alpha_pattern: {name or ending or regular expression: r or lora_alpha} for layers that differ.
     task_type: with "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the head trains as a whole, as one of modules_to_save.
+    ensure_weight_tying: what is asked for an embedding, or for the head tied to it, holds for both: one adapter, or one
+        weight that trains, so that they stay tied.
     bias: "none", "all" (all biases of the model train) or "lora_only" (those of the adapted layers).
     Raises ValueError naming the field.
     """
@@ -49,6 +52,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
     bias: str = "none"
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -62,7 +66,9 @@ class LoraConfig:
                 raise ValueError(f"{name}: expected a dict of pattern: value, got {value!r}")
             for pattern in value:
                 _check_pattern(name, pattern)
-        for name in ("use_rslora", "use_dora"):
+        if self.ensure_weight_tying and self.use_dora:
+            raise ValueError("ensure_weight_tying: expected False with use_dora, whose magnitudes differ, got True")
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name, rank in self.rank_pattern.items():
@@ -227,6 +233,19 @@ def is_excluded(config: LoraConfig | AdaLoraConfig, name: str) -> bool:
     """Left alone, or inside a module that trains as a whole."""
     saved = config.modules_to_save or []
     return matches(name, config.exclude_modules) or any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved)
+
+
+def check_only_adds(config: LoraConfig | AdaLoraConfig) -> None:
+    """Raises ValueError unless an adapter with config adds low-rank products to the weights of the base model, and does
+    nothing else to them."""
+    if getattr(config, "use_dora", False):
+        raise ValueError("use_dora: expected False; what DoRA changes in a weight is not of low rank")
+    if is_decomposition(config.init_lora_weights):
+        raise ValueError(
+            "init_lora_weights: expected a start that leaves the weights as they are, got "
+            f"{config.init_lora_weights!r}; HF PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) "
+            "makes a plain adapter of it"
+        )
 
 
 def with_task_heads(config: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:

@@ -22,6 +22,8 @@ def find_saved_modules(model: nn.Module, config: LoraConfig | AdaLoraConfig) -> 
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if name and not inside and any(name.endswith(ending) for ending in endings):
             found[name] = module
+    if getattr(config, "ensure_weight_tying", False):
+        found = with_tied(model, found)
     if endings and not found and not config.task_type:
         raise ValueError(f"modules_to_save: expected names of modules, {endings!r} matches none")
     for name, module in found.items():
@@ -36,10 +38,13 @@ def find_saved_modules(model: nn.Module, config: LoraConfig | AdaLoraConfig) -> 
     return found
 
 
-def train_whole(model: nn.Module, name: str) -> None:
+def train_whole(model: nn.Module, name: str, keep_tied: bool = False) -> None:
     """Makes the parameters of a module train. One that shares a parameter with a module outside becomes a copy first,
-    as in HF PEFT, so that the other one stays as it is."""
+    as in HF PEFT, so that the other one stays as it is; not with keep_tied."""
     module = model.get_submodule(name)
+    if keep_tied:
+        module.requires_grad_(True)
+        return
     own = {id(m) for m in module.modules()}
     inside = {id(p) for p in module.parameters()}
     others = [n for n, m in model.named_modules() if id(m) not in own and inside & set(map(id, m._parameters.values()))]
@@ -55,6 +60,25 @@ def train_whole(model: nn.Module, name: str) -> None:
                     parent._modules[child_name] = trained
         module = trained
     module.requires_grad_(True)
+
+
+def tied_sources(model: nn.Module) -> dict[str, nn.Embedding]:
+    """The embedding whose weight a linear layer has, by the layer's name. Warns if there is none, as HF PEFT does."""
+    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    tied = {n: embeddings[id(m.weight)] for n, m in linears.items() if id(m.weight) in embeddings}
+    if not tied:
+        warnings.warn("ensure_weight_tying: the model has no linear layer tied to an embedding", stacklevel=3)
+    return tied
+
+
+def with_tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """modules, and those whose weight one of them has, embeddings first."""
+    weights = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.Linear))}
+    tied = {n: m for n, m in model.named_modules() if id(getattr(m, "weight", None)) in weights and n not in modules}
+    together = {n: m for n, m in [*modules.items(), *tied.items()] if isinstance(m, (nn.Embedding, nn.Linear))}
+    embeddings = {n: m for n, m in together.items() if isinstance(m, nn.Embedding)}
+    return embeddings | dict(modules) | tied
 
 
 def shared_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -50,6 +50,14 @@ CASES = {
     "whole-inside": (llama, {"target_modules": "all-linear", "modules_to_save": ["norm", "layers.1.mlp"]}),
     "classifier": (classifier, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
     "classifier-all": (classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    # what is tied stays so
+    "keep-tied-embedding": (
+        tied_llama, {"target_modules": ["model.embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    ),
+    "keep-tied-whole": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
+    ),
     # DoRA and starts
     "dora": (llama, {"target_modules": "all-linear", "use_dora": True, "use_rslora": True}),
     "dora-bias": (llama, {"target_modules": ["q_proj"], "use_dora": True, "bias": "all"}),
@@ -75,6 +83,8 @@ def test_same_start_as_peft(case, recwarn):
     ours = peftkern.adapt(make(), peft.LoraConfig(**config)).eval()
     theirs = peft.get_peft_model(make(), peft.LoraConfig(**config)).eval()
     trained = {plain_name(n): p.shape for n, p in theirs.named_parameters() if p.requires_grad}
+    if config.get("ensure_weight_tying"):  # PEFT's head has parameters of its own, in the memory of the embedding's
+        trained = {n: shape for n, shape in trained.items() if not n.startswith("lm_head.lora_")}
     assert {n: p.shape for n, p in ours.named_parameters() if p.requires_grad} == trained
     x = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(ours(x).logits, make().eval()(x).logits, rtol=1e-4, atol=1e-5)

@@ -166,6 +166,43 @@ def test_merging_unties_and_says_so(targets, tmp_path):
     torch.testing.assert_close(again(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_ensure_weight_tying_is_one_adapter_and_keeps_the_tie(target, tmp_path, recwarn):
+    config = LoraConfig(r=2, target_modules=[target], ensure_weight_tying=True, init_lora_weights=False)
+    model = peftkern.adapt(tied_llama(), config).eval()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {"model.embed_tokens.lora_embedding_A", "model.embed_tokens.lora_embedding_B"}
+    before = model(TOKENS).logits
+    peftkern.save_adapter(model, tmp_path)
+    again = peftkern.load_adapter(tied_llama(), tmp_path).eval()
+    assert torch.equal(again(TOKENS).logits, before)
+    other = peftkern.adapt(tied_llama(), config).eval()
+    peftkern.load_adapter(other, tmp_path)
+    assert torch.equal(other(TOKENS).logits, before)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.embed_tokens.lora_embedding_A.zero_()
+    assert not copied.lm_head.delta_weight().any() and model.lm_head.delta_weight().any()
+    peftkern.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
+    peftkern.unmerge(model)
+    assert torch.equal(model(TOKENS).logits, before)
+    peftkern.merge(model, unload=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert not [w for w in recwarn if "tied" in str(w.message) or "untie" in str(w.message)]
+
+
+def test_ensure_weight_tying_without_a_tie():
+    with pytest.warns(UserWarning, match="ensure_weight_tying: the model has no linear layer tied to an embedding"):
+        peftkern.adapt(llama(), LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
+    with pytest.raises(ValueError, match="ensure_weight_tying: expected False with use_dora"):
+        LoraConfig(ensure_weight_tying=True, use_dora=True)
+    with pytest.raises(ValueError, match="quantize: expected weights of one module each, that of lm_head"):
+        config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+        peftkern.adapt(tied_llama(), config, quantize="nf4")
+
+
 def test_quantizing_a_tied_weight_is_refused():
     model = tied_llama()
     trains = [(n, p.requires_grad, p.dtype) for n, p in model.named_parameters()]

@@ -81,6 +81,13 @@ def test_a_tied_module_becomes_a_copy():
     assert model.config.tie_word_embeddings is False
 
 
+def test_ensure_weight_tying_trains_the_one_weight():
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    model = peftkern.adapt(tied_llama(), config)
+    assert trains(model) == {"model.embed_tokens.weight"}, "the first of its two names"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_adalora(tmp_path):
     peft = pytest.importorskip("peft")
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "total_step": 9, "init_r": 3}

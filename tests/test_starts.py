@@ -67,6 +67,19 @@ def test_orthogonal():
         LoRALinear(64, 48, r=3, init_lora_weights="orthogonal")
 
 
+def test_what_changes_the_base_model_is_not_for_a_bank_or_compress(tmp_path):
+    """Such an adapter is one of a changed base model, which whoever loads it has to make."""
+    model = peftkern.adapt(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    folder = peftkern.save_adapter(model, tmp_path / "a")
+    message = "init_lora_weights: expected a start that leaves the weights as they are, got 'pissa'"
+    with pytest.raises(ValueError, match=message):
+        peftkern.AdapterBank(llama()).add("a", folder)
+    with pytest.raises(ValueError, match=message):
+        peftkern.compress(folder, rank=1, output=tmp_path / "b")
+    with pytest.raises(ValueError, match=message):
+        peftkern.compress(model, rank=1)
+
+
 def test_what_cannot_be_decomposed():
     for start in ("pissa", "olora"):
         with pytest.raises(ValueError, match="init_lora_weights: expected a dense weight to decompose"):

@@ -7,5 +7,15 @@ from .base_weight import BaseWeight
 from .embedding import LoRAEmbedding
 from .lora import LoRALinear, QLoRALinear
 from .nf4_linear import NF4Linear
+from .tied import TiedLoRALinear
 
-__all__ = ["AdaLoRALinear", "AdaptedLinear", "BaseWeight", "LoRAEmbedding", "LoRALinear", "NF4Linear", "QLoRALinear"]
+__all__ = [
+    "AdaLoRALinear",
+    "AdaptedLinear",
+    "BaseWeight",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "NF4Linear",
+    "QLoRALinear",
+    "TiedLoRALinear",
+]
