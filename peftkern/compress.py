@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from . import adapter_io
 from .adapt import adapted_layers, plain_linear, replace_modules
 from .adapter_io import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from .config import LoraConfig, matches, read_config
+from .config import LoraConfig, check_only_adds, matches, read_config
 from .files import write_whole
-from .modules import AdaptedLinear, LoRALinear
+from .modules import AdaptedLinear, LoRAEmbedding, LoRALinear
 from .ops import jacobi_svd
 
 _CHUNK_BYTES = 1 << 28  # float64 matrices held at a time
@@ -319,7 +319,7 @@ def _factors_of(name: str, layer: AdaptedLinear) -> _Factors:
         raise RuntimeError(f"{name}: expected an unmerged layer, got a merged one; call unmerge() first")
     terms = {key: value for key, value in layer.terms().items() if value is not None and key != "dropout_p"}
     extra = terms.keys() - {"A", "B", "lam", "scaling"}
-    if extra or not {"A", "B"} <= terms.keys():
+    if extra or not {"A", "B"} <= terms.keys() or isinstance(layer, LoRAEmbedding):
         raise ValueError(f"{name}: expected a layer that adds s B A to its weight, got a {type(layer).__name__}")
     for part in ("A", "B", "lam"):
         if part in terms and not bool(terms[part].isfinite().all()):
@@ -332,6 +332,7 @@ def _lora_layer(layer: AdaptedLinear, config: LoraConfig) -> LoRALinear:
     """A LoRALinear on the base of a layer of another method, still without its factors."""
     new = LoRALinear.__new__(LoRALinear)
     AdaptedLinear.__init__(new, layer.in_features, layer.out_features)
+    new.fan_in_fan_out = layer.fan_in_fan_out
     new.set_base_weight(layer.base_weight())
     new.bias, new.lora_dropout = layer.bias, getattr(layer, "lora_dropout", config.lora_dropout)
     return new.train(layer.training)
@@ -358,6 +359,11 @@ def _compress_folder(source: Path, output: Path, goal: _Goal) -> Compression:
 def _compress_tensors(
     tensors: Mapping[str, Tensor], config: LoraConfig | None, goal: _Goal, source: str
 ) -> Compression:
+    if config is not None:
+        try:
+            check_only_adds(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     keys = _adapter_keys(tensors, source)
     scalings = LoraConfig(lora_alpha=1, r=1) if config is None else config
     factors = {
@@ -423,9 +429,13 @@ def _divisor(config: LoraConfig, rank: int) -> float:
 
 def _lora_config(config: Any) -> LoraConfig:
     """What a config of another method says about the model, as one of plain LoRA."""
+    check_only_adds(config)
     if type(config) is LoraConfig:
         return config
-    names = ("lora_dropout", "target_modules", "exclude_modules", "bias", "task_type", "base_model_name_or_path")
+    names = (
+        "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+        "bias", "task_type", "base_model_name_or_path",
+    )  # fmt: skip
     return LoraConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 

@@ -146,7 +146,11 @@ def _adapter_path(layer: AdaptedLinear) -> str:
         return "no low-rank part"
     dtype = str(a.dtype).removeprefix("torch.")
     text = f"fused rank-{a.shape[0]} kernels on {dtype} adapters, float32 sums, no cast pass"
-    if terms.get("dropout_p"):
+    if terms.get("out_scale") is not None:
+        text += "; DoRA: the norms of the adapted rows made each call, without that matrix"
+        if terms.get("dropout_p"):
+            text += f"; dropout {terms['dropout_p']} of torch's, in two calls" if layer.training else ""
+    elif terms.get("dropout_p"):
         text += (
             f"; dropout {terms['dropout_p']} inside them, mask regenerated in backward"
             if layer.training

@@ -415,5 +415,5 @@ def _lora_config(model: nn.Module, config: AdaLoraConfig, ranks: Mapping[str, in
     return LoraConfig(
         r=r, lora_alpha=r, lora_dropout=config.lora_dropout, target_modules=exact_targets(model, ranks),
         rank_pattern=dict(pattern), alpha_pattern=dict(pattern), bias=config.bias, task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=config.base_model_name_or_path, modules_to_save=config.modules_to_save,
     )  # fmt: skip
