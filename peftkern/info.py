@@ -12,7 +12,7 @@ from torch import nn
 from .autotune import timed_products
 from .modules import AdaptedLinear, BaseWeight
 from .ops.library import ops
-from .patch import explain_layer, is_peft_layer
+from .patch import explain_allocator, explain_layer, is_peft_layer
 
 PEERS = ("transformers", "peft", "bitsandbytes")
 
@@ -82,6 +82,8 @@ def explain(module: nn.Module) -> str:
     for name, layer in module.named_modules():
         if inside is not None and name.startswith(inside):
             continue
+        if (text := explain_allocator(layer)) is not None:
+            groups.setdefault(text, []).append(name)
         if is_peft_layer(layer):
             groups.setdefault(explain_layer(layer), []).append(name)
             inside = f"{name}." if name else ""
