@@ -131,7 +131,8 @@ __device__ __forceinline__ void store_quad(T* target, int64_t valid, bool aligne
   static_assert(sizeof(T) == 2);
   const uint2 pairs = {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3])};
   if (aligned && valid >= kQuad) {
-    *reinterpret_cast<uint2*>(target) = pairs;
+    // As one 64-bit value: nvcc makes two stores of a uint2 here.
+    *reinterpret_cast<uint64_t*>(target) = pairs.x | static_cast<uint64_t>(pairs.y) << 32;
   } else {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
