@@ -60,6 +60,10 @@ class Call:
         trainable = {k: t.detach().clone().requires_grad_() for k, t in self.trainable.items()}
         return replace(self, x=self.x.detach().clone().requires_grad_(), trainable=trainable)
 
+    def to(self, device: str) -> Call:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, (Tensor, NF4Weight))}
+        return replace(self, **moved, trainable={k: t.to(device) for k, t in self.trainable.items()}).copy()
+
     def run(self) -> Tensor:
         return peftkern.adapted_linear(
             self.x, self.weight, scaling=self.scaling, dropout_p=self.dropout_p, seed=self.seed, **self.trainable

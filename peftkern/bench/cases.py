@@ -26,7 +26,7 @@ OPS = ("quantize", "dequantize", "nf4_forward", "nf4_dx", "lora", "qlora")
 @dataclass(frozen=True)
 class Case:
     """One line of the table. rows: M, the tokens; r and dropout: of the ops with an adapter; layers: so many after each
-    other; threads: 0 for torch's choice; sweep: the size this case belongs to a sweep of, if any."""
+    other; threads: 0 for torch's choice; device: of torch; sweep: the size this case belongs to a sweep of, if any."""
 
     op: str
     model: str
@@ -41,6 +41,7 @@ class Case:
     layers: int = 1
     threads: int = 0
     sweep: str = ""
+    device: str = "cpu"
 
     @property
     def name(self) -> str:

@@ -92,7 +92,7 @@ def run_case(case: Case, limits, seconds: float, isas: bool = False):
         work = BUILD[case.op](case)
         if isas:
             with_every_isa(work)
-        timings = measure(work.calls, seconds)
+        timings = measure(work.calls, seconds, device=case.device)
         return Result.of(case, work, timings, limits)
     finally:
         torch.set_num_threads(threads)

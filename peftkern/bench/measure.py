@@ -34,18 +34,33 @@ class Timing:
 
 
 def measure(
-    calls: Mapping[str, Call], seconds: float, rounds: tuple[int, int] = (5, 300), finish: Callable[[], object] = int
+    calls: Mapping[str, Call],
+    seconds: float,
+    rounds: tuple[int, int] = (5, 300),
+    finish: Callable[[], object] = int,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Runs the calls in turn for about so many seconds, at least rounds[0] and at most rounds[1] times each.
 
-    finish: waits until the work of a call is done, where that is not when it returns.
+    finish: waits until the work of a call is done, where that is not when it returns. device: "cuda" for the time
+    between two events of its stream instead of the clock's.
     """
 
-    def reading(call: Call, turn: int, repeats: int) -> float:
-        start = time.perf_counter()
+    def work(call: Call, turn: int, repeats: int) -> None:
         for i in range(repeats):
             call(turn * repeats + i)
         finish()
+
+    def reading(call: Call, turn: int, repeats: int) -> float:
+        if device == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            work(call, turn, repeats)
+            after.record()
+            after.synchronize()
+            return before.elapsed_time(after) / 1e3 / repeats
+        start = time.perf_counter()
+        work(call, turn, repeats)
         return (time.perf_counter() - start) / repeats
 
     for call in calls.values():  # the first call allocates, compiles and decides
@@ -70,8 +85,10 @@ def _quantiles(values: list[float]) -> Timing:
 
 
 @cache
-def last_level_cache() -> int:
-    """Bytes of the CPU's largest cache; 32 MiB where the system does not tell."""
+def last_level_cache(device: str = "cpu") -> int:
+    """Bytes of the largest cache of the CPU, 32 MiB where the system does not tell, or of the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     sizes = [32 << 20]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = file.read_text().strip()[:-1], file.read_text().strip()[-1]
@@ -79,10 +96,10 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-def copies(nbytes: int, most: int = 4 << 30) -> int:
+def copies(nbytes: int, device: str = "cpu", most: int = 4 << 30) -> int:
     """How many buffers of so many bytes to rotate over, so that each is out of the caches when its turn comes; their
     sum is kept below `most`."""
-    wanted = math.ceil(1.25 * last_level_cache() / max(1, nbytes))
+    wanted = math.ceil(1.25 * last_level_cache(device) / max(1, nbytes))
     return max(1, min(wanted, most // max(1, nbytes), 512))
 
 
@@ -100,20 +117,23 @@ class Ceilings:
         return max(memory, compute) / seconds, "memory" if memory >= compute else "compute"
 
 
-def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seconds: float = 1.0) -> Ceilings:
+def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seconds: float = 1.0, device: str = "cpu") -> Ceilings:
     """The copy bandwidth over buffers larger than the caches (bytes read plus bytes written), and for each dtype the
     best of the library's products of a few shapes."""
     size = 64 << 20
-    n = copies(2 * size)
-    buffers = torch.ones(2, n, size, dtype=torch.uint8)
-    copy = measure({"copy": lambda i: buffers[0, i % n].copy_(buffers[1, i % n])}, seconds)["copy"]
+    n = copies(2 * size, device)
+    buffers = torch.ones(2, n, size, dtype=torch.uint8, device=device)
+    copy = measure({"copy": lambda i: buffers[0, i % n].copy_(buffers[1, i % n])}, seconds, device=device)["copy"]
     flops = {}
+    shapes = ((512, 4096, 4096), (2048, 2048, 2048), (1024, 4096, 4096))
+    if device == "cuda":
+        shapes = ((4096, 4096, 4096), (8192, 8192, 8192))
     for dtype in dtypes:
         calls, work = {}, {}
-        for m, k, n in ((512, 4096, 4096), (2048, 2048, 2048), (1024, 4096, 4096)):
-            a, w = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
+        for m, k, n in shapes:
+            a, w = (torch.randn(shape).to(device, getattr(torch, dtype)) for shape in ((m, k), (n, k)))
             calls[f"{m}x{k}x{n}"] = lambda i, a=a, w=w: torch.nn.functional.linear(a, w)
             work[f"{m}x{k}x{n}"] = 2 * m * k * n
-        timings = measure(calls, seconds)
+        timings = measure(calls, seconds, device=device)
         flops[dtype] = max(work[name] / t.p20 for name, t in timings.items())
     return Ceilings(2 * size / copy.p20, flops)

@@ -51,7 +51,15 @@ class Work:
             made = call()
             check(made(0))
             self.calls[name] = made
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError, WrongResult) as error:
+        except (
+            AssertionError,
+            ImportError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            WrongResult,
+        ) as error:
             if name.startswith(OURS):
                 raise
             self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -117,7 +125,7 @@ def torchao_nf4():
 def weight_of(case: Case, dtype: torch.dtype | None = None) -> Tensor:
     """[out, in], of the size a trained weight has."""
     w = torch.randn(case.out_features, case.in_features, generator=torch.Generator().manual_seed(0))
-    return (w / case.in_features**0.5).to(dtype or getattr(torch, case.dtype))
+    return (w / case.in_features**0.5).to(case.device, dtype or getattr(torch, case.dtype))
 
 
 def _nf4_bytes(n: int, block_size: int) -> float:
@@ -132,8 +140,9 @@ def dequantize(case: Case) -> Work:
     n, shape, size = w.numel(), tuple(w.shape), case.block_size
     work = Work(flops=0, nbytes=_nf4_bytes(n, size) + n * w.element_size())
     q = peftkern.quantize_nf4(w, size)
-    expected = reference.dequantize_nf4(q.packed, q.absmax, size, shape, w.dtype)
-    qs = [replace(q, packed=q.packed.clone()) for _ in range(copies(int(work.nbytes)))]
+    on_cpu = q.packed.cpu(), q.absmax.cpu()
+    expected = reference.dequantize_nf4(*on_cpu, size, shape, w.dtype).to(case.device)
+    qs = [replace(q, packed=q.packed.clone()) for _ in range(copies(int(work.nbytes), case.device))]
     at = len(qs)
     work.add(OURS, lambda: lambda i: peftkern.dequantize_nf4(qs[i % at], w.dtype), equal(expected))
     if n <= MOST_ELEMENTS_IN_PLAIN_TORCH:
@@ -163,11 +172,11 @@ def quantize(case: Case) -> Work:
     w = weight_of(case)
     n, size = w.numel(), case.block_size
     work = Work(flops=0, nbytes=_nf4_bytes(n, size) + n * w.element_size())
-    ws = [w.clone() for _ in range(copies(int(work.nbytes)))]
+    ws = [w.clone() for _ in range(copies(int(work.nbytes), case.device))]
     at = len(ws)
     ours = peftkern.quantize_nf4(w, size)
-    expected = reference.quantize_nf4(w, size)[0] if n <= MOST_ELEMENTS_IN_PLAIN_TORCH else ours.packed
-    check = equal(expected.reshape(-1))
+    expected = reference.quantize_nf4(w.cpu(), size)[0] if n <= MOST_ELEMENTS_IN_PLAIN_TORCH else ours.packed
+    check = equal(expected.reshape(-1).to(case.device))
     work.add(OURS, lambda: lambda i: peftkern.quantize_nf4(ws[i % at], size), lambda q: check(q.packed.reshape(-1)))
     if n <= MOST_ELEMENTS_IN_PLAIN_TORCH:
         work.add("plain torch", lambda: lambda i: reference.quantize_nf4(ws[i % at], size), lambda r: check(r[0]))
@@ -199,7 +208,7 @@ def _bnb_linear(case: Case, w: Tensor) -> nn.Module:
     layer.weight = bnb.nn.Params4bit(
         w.clone(), requires_grad=False, quant_type="nf4", blocksize=case.block_size, compress_statistics=False
     )
-    return layer.to("cpu")
+    return layer.to(case.device)
 
 
 class _Nf4Layer:
@@ -209,13 +218,13 @@ class _Nf4Layer:
         self.case, self.w = case, weight_of(case)
         dtype, m = self.w.dtype, case.rows
         g = torch.Generator().manual_seed(1)
-        self.x = torch.randn(m, case.in_features, generator=g).to(dtype)
-        self.dy = torch.randn(m, case.out_features, generator=g).to(dtype)
+        self.x = torch.randn(m, case.in_features, generator=g).to(case.device, dtype)
+        self.dy = torch.randn(m, case.out_features, generator=g).to(case.device, dtype)
         self.q = peftkern.quantize_nf4(self.w, case.block_size)
         self.dense = peftkern.dequantize_nf4(self.q, dtype)
         n, size = self.w.numel(), self.w.element_size()
-        self.packed_copies = copies(n // 2)
-        self.dense_copies = copies(n * size)
+        self.packed_copies = copies(n // 2, case.device)
+        self.dense_copies = copies(n * size, case.device)
         self.work = Work(
             flops=2.0 * m * n,
             nbytes=_nf4_bytes(n, case.block_size) + m * (case.in_features + case.out_features) * size,
@@ -308,6 +317,22 @@ class _PlainLoRA(nn.Module):
         return y.to(x.dtype)
 
 
+class _UnslothLoRA(nn.Module):
+    """Unsloth's function for one projection. It has no dropout, takes a batch of sequences, and needs a GPU."""
+
+    def __init__(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        _require("unsloth")
+        with _quiet():
+            from unsloth.kernels.fast_lora import LoRA_W
+        self.function = LoRA_W
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.A, self.B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x[None], self.weight, None, self.A, self.B, 2.0)[0]
+
+
 def _peft_layer(base: nn.Module, a: Tensor, b: Tensor, case: Case, adapters_in_fp32: bool) -> nn.Module:
     _require("peft")
     import peft
@@ -337,10 +362,10 @@ def _adapted(case: Case, quantized: bool) -> Work:
     dtype, n = getattr(torch, case.dtype), case.in_features * case.out_features
     g = torch.Generator().manual_seed(1)
     w = weight_of(case)
-    a = torch.randn(case.r, case.in_features, generator=g) / case.in_features**0.5
-    b = torch.randn(case.out_features, case.r, generator=g) / case.r**0.5 / 4
-    x = torch.randn(case.rows, case.in_features, generator=g).to(dtype).requires_grad_()
-    dy = torch.randn(case.rows, case.out_features, generator=g).to(dtype)
+    a = (torch.randn(case.r, case.in_features, generator=g) / case.in_features**0.5).to(case.device)
+    b = (torch.randn(case.out_features, case.r, generator=g) / case.r**0.5 / 4).to(case.device)
+    x = torch.randn(case.rows, case.in_features, generator=g).to(case.device, dtype).requires_grad_()
+    dy = torch.randn(case.rows, case.out_features, generator=g).to(case.device, dtype)
     q = peftkern.quantize_nf4(w, case.block_size) if quantized else None
     dense = peftkern.dequantize_nf4(q, dtype) if q else w
 
@@ -382,7 +407,9 @@ def _adapted(case: Case, quantized: bool) -> Work:
         work.add(name, call, lambda result: None)
 
     def linear() -> nn.Linear:
-        layer = nn.Linear(case.in_features, case.out_features, bias=False, dtype=dtype).requires_grad_(False)
+        layer = nn.Linear(
+            case.in_features, case.out_features, bias=False, dtype=dtype, device=case.device
+        ).requires_grad_(False)
         layer.weight.data.copy_(dense)
         return layer
 
@@ -404,8 +431,13 @@ def _adapted(case: Case, quantized: bool) -> Work:
         torch._dynamo.reset()  # otherwise it stops compiling after a few cases
         return torch.compile(_PlainLoRA(dense, a, b, case))
 
+    def unsloth() -> nn.Module:
+        return _UnslothLoRA(dense, a.to(dtype), b.to(dtype))
+
     add(OURS, ours)
     add(FLOOR, linear)
+    if case.device == "cuda" and not quantized:
+        add("Unsloth, without dropout", unsloth)
     add("HF PEFT + bitsandbytes" if quantized else "HF PEFT", peft(True))
     if dtype != torch.float32:
         add("HF PEFT, 16-bit adapters", peft(False))

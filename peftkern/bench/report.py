@@ -21,7 +21,7 @@ from .cases import Case
 from .measure import Ceilings, Timing
 from .providers import OURS, Work
 
-PACKAGES = ("peftkern", "torch", "peft", "bitsandbytes", "transformers", "torchao")
+PACKAGES = ("peftkern", "torch", "peft", "bitsandbytes", "transformers", "torchao", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def environment(ceilings: Ceilings) -> dict[str, Any]:
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
+def environment(ceilings: Ceilings, device: str = "cpu") -> dict[str, Any]:
     """When, where and with what: as it stands at the head of the JSON and of every page."""
 
     def version(package: str) -> str:
@@ -66,6 +70,7 @@ def environment(ceilings: Ceilings) -> dict[str, Any]:
 
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
         "cpu": cpu_name(),
         "isa": peftkern.cpu_isa(),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/gpu.py where there is no GPU: what it says, and all of it on the CPU. benchmarks/sass.py on a listing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftkern
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_so():
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.startswith("error: no GPU") and not done.stdout
+
+
+def test_all_of_it_on_the_cpu(tmp_path, monkeypatch, capsys):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "SAMPLES", gpu.SAMPLES[:6])
+    monkeypatch.setattr(gpu, "MULTI_SAMPLES", gpu.MULTI_SAMPLES[:3])
+    monkeypatch.setattr(gpu, "NF4_SAMPLES", gpu.NF4_SAMPLES[:4])
+    monkeypatch.setattr(gpu, "ceilings", lambda dtypes, device: gpu.report.Ceilings(1e9, {"bfloat16": 1e9}))
+    command = ["gpu.py", "--device", "cpu", "--suite", "quick", "--only", "nf4_forward M=1 *", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "gpu.json"), "--plot", str(tmp_path)])
+    assert gpu.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("CPU: no figure below is of a GPU") and "13 of 13 checks passed" in out
+    (result,) = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert result["case"]["device"] == "cpu" and "dense F.linear" in result["ratios"]
+    assert (tmp_path / "bench.html").exists()
+
+
+def test_nothing_is_timed_where_a_result_is_wrong(monkeypatch, capsys):
+    gpu = script("gpu")
+    forward = peftkern.adapted_linear
+    monkeypatch.setattr(peftkern, "adapted_linear", lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
+    for name in ("SAMPLES", "MULTI_SAMPLES", "NF4_SAMPLES"):
+        monkeypatch.setattr(gpu, name, getattr(gpu, name)[:1])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    assert gpu.main() == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 checks passed" in out and "FAILED 32x64x48" in out and "roofline" not in out
+
+
+def test_samples_move():
+    call = script("gpu").SAMPLES[2].make()
+    assert call.to("meta").x.device.type == "meta" and call.x.device == torch.device("cpu")
+
+
+LISTING = """
+        Function : two_loops
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                      /* 0x00000a0000017a02 */
+                                                                               /* 0x000fc40000000f00 */
+        /*0010*/                   LDS.64 R2, [R4] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   LDS.64 R2, [R4] ;
+        /*0050*/                   FMUL R2, R2, R3 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0080*/                   FMUL R2, R2, R3 ;
+        /*0090*/               @P0 BRA.U 0x40 ;
+        /*00a0*/                   EXIT ;
+        Function : no_tensor_core
+        /*0000*/                   FMUL R2, R2, R3 ;
+        /*0010*/                   BRA 0x0;
+"""
+
+
+def test_main_loop_of_a_listing():
+    """The loop with the most HMMA; the stretch without one goes round its end: FMUL, BRA, LDS, FMUL."""
+    sass = script("sass")
+    (loop,) = sass.main_loops(LISTING)
+    assert loop == sass.Loop("two_loops", instructions=6, hmma=2, longest_gap=4, spills=0)
+    assert loop.per_hmma == pytest.approx(3.0)
