@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import NF4Config, quantize_nf4
 from .adapted import AdaptedLinear
+from .base_weight import parameter_of
 
 Quantize = str | NF4Config | None
 
@@ -122,7 +123,8 @@ class LoRALinear(AdaptedLinear):
             self.lora_B.zero_()
 
     def terms(self) -> dict[str, Any]:
-        return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
+        A, B = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
+        return {"A": A, "B": B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -56,15 +56,10 @@ template <class T>
 void pack_down_as(const LowRankDown& a, float* packed, int64_t column0, int64_t column1) {
   const T* factor = static_cast<const T*>(a.factor.data);
   const int64_t ld = padded_rank(a.rank);
-  for (int64_t block = column0; block < column1; block += kColumnUnit) {
-    const int64_t end = smaller(block + kColumnUnit, column1);
-    for (int64_t j = 0; j < ld; ++j) {
-      for (int64_t c = block; c < end; ++c) {
-        const bool real = j < a.rank;
-        const int64_t at = a.factor.rank_major ? j * a.columns + c : c * a.rank + j;
-        packed[c * ld + j] = real ? to_float(factor[at]) : 0.0f;
-      }
-    }
+  if (a.factor.rank_major) {
+    transpose_panel(factor + column0, a.columns, a.rank, column1 - column0, packed + column0 * ld, ld);
+  } else {
+    copy_panel(factor + column0 * a.rank, a.rank, column1 - column0, a.rank, packed + column0 * ld, ld);
   }
 }
 
@@ -128,15 +123,11 @@ void low_rank_down(const LowRankDown& a, const float* packed, float* scratch, in
 template <class T>
 void pack_up_as(const LowRankUp& a, float* packed, int64_t ld, int64_t column0, int64_t column1) {
   const T* factor = static_cast<const T*>(a.factor.data);
-  for (int64_t block = column0; block < column1; block += kColumnUnit) {
-    const int64_t end = smaller(block + kColumnUnit, column1);
-    for (int64_t j = 0; j < a.rank; ++j) {
-      for (int64_t c = block; c < end; ++c) {
-        const bool real = c < a.columns;
-        const int64_t at = a.factor.rank_major ? j * a.columns + c : c * a.rank + j;
-        packed[j * ld + c] = real ? to_float(factor[at]) : 0.0f;
-      }
-    }
+  const int64_t columns = smaller(column1, a.columns) - column0;
+  if (a.factor.rank_major) {
+    copy_panel(factor + column0, a.columns, a.rank, columns, packed + column0, ld);
+  } else {
+    transpose_panel(factor + column0 * a.rank, a.rank, columns, a.rank, packed + column0, ld);
   }
 }
 
