@@ -188,6 +188,18 @@ def test_dropout_is_the_reference_mask(device, isa):
         assert_close(y, expected, F32)
 
 
+def test_bfloat16_results_round_to_the_nearest_even(device, isa):
+    """With x = A = 1 and W = 0 the op returns B in bfloat16: as torch rounds it, subnormals, infinities and NaN too."""
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    bits[:1024] &= 0x807FFFFF - 2**32  # subnormal
+    bits[1024:2048] = bits[1024:2048] & ~0xFFFF | 0x8000  # halfway between two
+    bits[2048:2052] = torch.tensor([0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF], dtype=torch.int32)
+    B = bits.view(torch.float32)[:, None].to(device)
+    one = torch.ones(1, 1, dtype=BF16, device=device)
+    y = peftkern.adapted_linear(one, torch.zeros(4096, 1, dtype=BF16, device=device), one, B)
+    torch.testing.assert_close(y[0], B[:, 0].to(BF16), rtol=0, atol=0, equal_nan=True)
+
+
 def test_dropout_statistics():
     keep = reference.dropout_mask(512, 4096, int(0.05 * 32768 + 0.5), 7)
     p = 1 - keep.double().mean().item()

@@ -12,6 +12,7 @@
 namespace peftkern::cpu {
 namespace avx512 {
 #include "vec/avx512.h"
+inline __m256i to_bf16(F32 a) { return round_bits_to_bf16(a); }
 
 #include "kernels/table.inl"
 }  // namespace avx512

@@ -40,7 +40,8 @@ struct KernelTable {
   const char* name;
 
   // The factor as the kernel wants it, in fp32 unless the ISA has something better:
-  // down: [columns, padded_rank], zero padded;  up: [rank, padded_columns], zero padded.
+  // down: [columns, padded_rank];  up: [rank, padded_columns]. Zero padded; both with room for kMaxLanes rows at a
+  // time.
   int64_t (*padded_rank)(int64_t rank);
   void (*pack_down)(const LowRankDown&, float* packed, int64_t column0, int64_t column1);  // column0 even
   void (*pack_up)(const LowRankUp&, float* packed, int64_t padded_columns, int64_t column0, int64_t column1);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
-from .base_weight import WEIGHT_NAMES, BaseWeight
+from .base_weight import WEIGHT_NAMES, BaseWeight, parameter_of
 from .conv1d import is_conv1d
 from .dora import dora_forward
 from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias, refuse_hooks
@@ -98,10 +98,14 @@ class AdaptedLinear(BaseWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features], in x's dtype."""
-        if self.use_dora and not self.merged:
+        if self._unmerged is not None:
+            terms: dict[str, Any] = {}
+        elif self.use_dora:
             return dora_forward(self, x)
-        terms = {} if self.merged else self.terms()
-        return adapted_linear(x, self.base_weight(), bias=self.bias, training=self.training, **terms)
+        else:
+            terms = self.terms()
+        bias = parameter_of(self, "bias")
+        return adapted_linear(x, self.base_weight(), bias=bias, training=self.training, **terms)
 
     @property
     def merged(self) -> bool:

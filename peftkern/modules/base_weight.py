@@ -32,6 +32,12 @@ def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name``, without the AttributeError that Python makes before it asks nn.Module.__getattr__: 1 us."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def floats_of(t: Tensor) -> Tensor:
     """float32 values from their bytes; where these lie at an odd offset of a larger buffer, from a copy."""
     if not torch.compiler.is_compiling() and t.storage_offset() % 4:
@@ -100,7 +106,8 @@ class BaseWeight(nn.Module):
         """The weight as the ops take it; shares storage."""
         config = self.nf4_config
         if config is None:
-            return self.weight.t() if self.fan_in_fan_out else self.weight
+            weight = parameter_of(self, "weight")
+            return weight.t() if self.fan_in_fan_out else weight
         assert self.quantized_dtype is not None
         shape = (self.out_features, self.in_features)
         if not config.double_quant:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import NF4Config, quantize_nf4
 from .adapted import AdaptedLinear
+from .base_weight import parameter_of
 from .dora import adapted_norm, dora_delta, out_scale, start_magnitude
 from .starts import STARTS, decompose, is_decomposition, is_start, orthogonal_factors
 
@@ -166,10 +167,11 @@ class LoRALinear(AdaptedLinear):
         self.set_base_weight((weight.float() - self.low_rank_weight()).to(weight.dtype))
 
     def terms(self) -> dict[str, Any]:
+        A, B = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
+        terms = {"A": A, "B": B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
         if self.use_dora:  # training with dropout is not one call: modules/dora.py
-            return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, "out_scale": out_scale(self),
-                    "dropout_p": self.lora_dropout}  # fmt: skip
-        return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
+            terms["out_scale"] = out_scale(self)
+        return terms
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -2,6 +2,8 @@
 // The kernels that are written once for every instruction set, as the table of one. An instruction set that has
 // something better replaces the member.
 #include "jacobi_svd.inl"
+#include "panel.inl"
+
 #include "low_rank.inl"
 #include "multi_lora.inl"
 #include "nf4.inl"

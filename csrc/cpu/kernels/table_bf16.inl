@@ -1,5 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of an instruction set that has the bf16 dot product, for where both factors are bf16.
+// The table of an instruction set that rounds to bf16 by an instruction, and has the bf16 dot product, for where both
+// factors are bf16.
+
+// vcvtneps2bf16 takes subnormals for zero; all else it rounds as the integers do.
+inline __m256i to_bf16(F32 a) {
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kSubnormal) != 0, false)) return round_bits_to_bf16(a);
+  const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
+  __m256i bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+
 #include "table.inl"
 
 #include "low_rank_bf16.inl"
