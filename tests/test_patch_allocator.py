@@ -23,7 +23,9 @@ STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def model_and_optimizer(dtype=torch.float32):
-    config = adalora(total_step=STEPS, tinit=TINIT, tfinal=TFINAL, deltaT=DELTA, orth_reg_weight=0.3)
+    config = adalora(
+        total_step=STEPS, tinit=TINIT, tfinal=TFINAL, deltaT=DELTA, orth_reg_weight=0.3, task_type="CAUSAL_LM"
+    )
     model = build(config, dtype)
     return model, optimizer_of(model)
 

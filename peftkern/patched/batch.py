@@ -9,13 +9,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.multi_lora import make_plan, planned_multi_lora_linear, stacked
 from .bases import Inputs
 
 if TYPE_CHECKING:
-    from .layer import Part, PatchedLayer
+    from .layer import Part, PatchedLayer, Plan
 
 
 class Batch:
@@ -55,53 +55,70 @@ class Bank:
     """The adapters of a layer, stacked."""
 
     def __init__(self, names: tuple[str, ...], A: list[Tensor], B: list[Tensor], scalings: list[float]) -> None:
-        self.names = names
-        self.factors = (A, B)  # held, so that no other tensor can come to lie at their address
-        self.stamps: dict[str, tuple] = {}  # what tells whether an adapter still is what was stacked
-        if not any(t.is_inference() for t in (*A, *B)):  # those have no version
-            self.stamps = dict(zip(names, map(_stamp, A, B, scalings), strict=True))
+        self.names, self.scalings = names, scalings
+        self.factors = A + B  # held, so that no other tensor can come to lie at their address
+        self.stamps = None if any(t.is_inference() for t in self.factors) else _stamps(self.factors)
         self.A, self.B, self.ranks = stacked(A, B, None)
         with torch.inference_mode(False):
             self.scaling = torch.tensor(scalings, dtype=torch.float32, device=self.A.device)
 
-    @staticmethod
-    def of(layer: PatchedLayer, used: Sequence[Part], every: Sequence[Part]) -> Bank | None:
-        """None: the adapters cannot be stacked. In inference of all adapters there are, and kept, so that another batch
-        finds them stacked; in training of those that get a gradient."""
-        training = torch.is_grad_enabled()
-        keep = not training and not torch.compiler.is_compiling()
-        if keep and (bank := layer._peftkern_bank) is not None and bank._still_has(layer, used):
-            return bank
-        parts = used if training else every
-        A, B = zip(*map(_weights, parts), strict=True)
-        if any(t.dtype != group[0].dtype or t.device != group[0].device for group in (A, B) for t in group):
-            return None
-        scalings = [float(layer.scaling[part.name]) for part in parts]
-        bank = Bank(tuple(part.name for part in parts), list(A), list(B), scalings)
-        if keep:
-            layer._peftkern_bank = bank
-        return bank
 
-    def _still_has(self, layer: PatchedLayer, parts: Sequence[Part]) -> bool:
-        stamps, scaling = self.stamps, layer.scaling
-        if not stamps:
-            return False
-        for part in parts:
-            A, B = _weights(part)
-            if A.is_inference() or stamps.get(part.name) != _stamp(A, B, scaling[part.name]):
-                return False
-        return True
+class Mixture:
+    """What a layer does with a batch, as long as its plan holds."""
+
+    def __init__(self, plan: Plan, batch: Batch, used: Sequence[Part], every: Sequence[Part]) -> None:
+        self.plan, self.batch, self.used, self.every = plan, batch, used, every
+        self.dropouts = [part.dropout for part in used]
+        # In training the adapters that get a gradient; in inference all there are, so that other batches find them.
+        self.bank: Bank | None = None
+        self._inside_used = [part.modules[i]._parameters for i in (0, 1) for part in used]
+        self._kept: tuple[list[tuple], list[float]] | None = None  # of used, when bank was found good
+
+    def dropout_p(self) -> float | None:
+        """None: the adapters differ."""
+        rates = {d.p if d.training and type(d) is nn.Dropout else 0.0 for d in self.dropouts}
+        return rates.pop() if len(rates) == 1 else None
+
+    def find_bank(self, layer: PatchedLayer) -> Bank | None:
+        """None: the adapters cannot be stacked."""
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling:
+            return _stack(layer, self.used if torch.is_grad_enabled() else self.every)
+        scaling = layer.scaling
+        scalings = [scaling[part.name] for part in self.used]
+        try:
+            factors = [parameters["weight"] for parameters in self._inside_used]
+            stamps = _stamps(factors)
+        except (KeyError, RuntimeError):  # parametrized; inference tensors have no version
+            return _stack(layer, self.every)
+        if self.bank is None or self._kept != (stamps, scalings):
+            self.bank = layer._peftkern_bank = self._from_layer(layer, stamps, scalings)
+            self._kept = (stamps, scalings)
+        return self.bank
+
+    def _from_layer(self, layer: PatchedLayer, stamps: list[tuple], scalings: list[float]) -> Bank | None:
+        """The one that another batch has stacked, if nothing has changed."""
+        bank = layer._peftkern_bank
+        if bank is not None and bank.stamps is not None:
+            place = {name: i for i, name in enumerate(bank.names)}
+            at = [place.get(part.name, -1) for part in self.used]
+            if min(at) >= 0 and [bank.scalings[i] for i in at] == scalings:
+                of_bank = [bank.stamps[i] for i in at] + [bank.stamps[len(place) + i] for i in at]
+                if of_bank == stamps:
+                    return bank
+        return _stack(layer, self.every)
 
 
-def _weights(part: Part) -> tuple[Tensor, Tensor]:
-    """Of lora_A and lora_B, past nn.Module's slow look-up unless they are parametrized."""
-    A, B = part.held[0][1], part.held[1][1]
-    a, b = A._parameters.get("weight"), B._parameters.get("weight")
-    return A.weight if a is None else a, B.weight if b is None else b
+def _stack(layer: PatchedLayer, parts: Sequence[Part]) -> Bank | None:
+    A, B = [part.modules[0].weight for part in parts], [part.modules[1].weight for part in parts]
+    if any(t.dtype != group[0].dtype or t.device != group[0].device for group in (A, B) for t in group):
+        return None
+    return Bank(tuple(part.name for part in parts), A, B, [float(layer.scaling[part.name]) for part in parts])
 
 
-def _stamp(A: Tensor, B: Tensor, scaling: float) -> tuple:
-    return A.data_ptr(), A._version, B.data_ptr(), B._version, scaling
+def _stamps(tensors: list[Tensor]) -> list[tuple]:
+    """What tells that nothing was written or assigned to them."""
+    return [(t.data_ptr(), t._version) for t in tensors]
 
 
 def mixed_linear(inputs: Inputs, bank: Bank, batch: Batch, dropout_p: float) -> Tensor:

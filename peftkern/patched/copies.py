@@ -8,7 +8,8 @@ import copyreg
 from typing import Any, ClassVar
 
 CACHES = (  # attributes that are never copied or saved
-    "_peftkern_plan", "_peftkern_cache", "_peftkern_bank", "_peftkern_batch", "_peftkern_layers", "_peftkern_triplets",
+    "_peftkern_plan", "_peftkern_cache", "_peftkern_bank", "_peftkern_mixture",
+    "_peftkern_batch", "_peftkern_layers", "_peftkern_triplets",
     "_peftkern_state", "_peftkern_keep",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from ..ops.dora_norm import dora_linear, dora_norm
 from ..ops.library import FLOAT_DTYPES
 from ..ops.tensor_cache import TensorCache
 from .bases import base_inputs, bnb_linear, bnb_reason, has_kernels, kind_reason, quant_state, text_of
-from .batch import Bank, Batch, mixed_linear
+from .batch import Bank, Batch, Mixture, mixed_linear
 from .copies import Patched
 
 # Two names of torch's own that have no public form. Without them nothing is fused.
@@ -30,20 +30,19 @@ class Part(NamedTuple):
     """One adapter of a layer that can be fused."""
 
     name: str
-    held: tuple[tuple[str, nn.Module], ...]  # (dictionary of the layer, module): whose hooks would not run
+    modules: tuple[nn.Module, ...]  # lora_A and lora_B first, where they are modules: whose hooks would not run
     dropout: nn.Module
     dora: nn.Module | None
 
 
 class Plan(NamedTuple):
-    """What does not change between calls. The layer's dictionaries may be written to, so what it rests on is compared
-    on every call (_plan, _ready)."""
+    """What does not change between calls. Valid while the layer still has what it rests on; not only PEFT's methods
+    write to a layer's dictionaries."""
 
     active: Any
     base: nn.Module
     quant_state: Any
-    adapters: list[str]
-    variants: dict[str, Any]
+    inside: tuple  # copies of _inside()
     base_reason: str | None  # why PEFT's own forward has to run, whatever the adapters
     reason: str | None  # and with the active ones
     parts: list[Part]  # the active ones
@@ -54,6 +53,7 @@ class PatchedLayer(Patched):
     _peftkern_plan: Plan | None = None
     _peftkern_cache: TensorCache | None = None
     _peftkern_bank: Bank | None = None
+    _peftkern_mixture: Mixture | None = None
     _peftkern_batch: Batch | None = None  # set by the model for the time of a call with adapter_names
 
     # ---- what LoRA and AdaLoRA say of themselves
@@ -67,6 +67,10 @@ class PatchedLayer(Patched):
     def _part(self, name: str) -> Part:
         """The modules of an adapter that can be fused."""
         raise NotImplementedError(f"{type(self).__name__}._part")
+
+    def _inside(self) -> tuple:
+        """The layer's dictionaries or lists of what a plan rests on."""
+        raise NotImplementedError(f"{type(self).__name__}._inside")
 
     def _factors(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """A [r, in], B [out, r], lam [r] or None, scaling."""
@@ -90,7 +94,7 @@ class PatchedLayer(Patched):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         plan = self._plan()
-        if plan.reason is not None or not self._ready(plan.parts):
+        if plan.reason is not None or not self._undisturbed(plan.parts):
             return None
         inputs = base_inputs(plan.base, x)
         if inputs is None:
@@ -141,42 +145,54 @@ class PatchedLayer(Patched):
         plan = self._plan()
         if plan.base_reason or len(batch.names) != len(x):
             return None
-        adapters, mixable = self._modules["lora_A"]._modules, plan.mixable
-        used = [name for name in batch.used if name in adapters]
-        if not used:
+        mixture = self._peftkern_mixture
+        if mixture is None or mixture.plan is not plan or mixture.batch is not batch:
+            mixture = self._make_mixture(plan, batch)
+            if mixture is None:
+                return None
+        if not mixture.used:
             return self.base_layer(x)
-        parts = [mixable[name] for name in used if name in mixable]
-        if len(parts) < len(used) or not self._ready(parts):
-            return None
-        p = active_p(parts[0].dropout)
-        if any(active_p(part.dropout) != p for part in parts):
+        p = mixture.dropout_p()
+        if p is None or not self._undisturbed(mixture.used):
             return None
         inputs = base_inputs(plan.base, x)
         if inputs is None:
             return None
-        bank = Bank.of(self, parts, tuple(mixable.values()))
+        bank = mixture.find_bank(self)
         if bank is None or not self._accepts(inputs[0], bank.A, bank.B):
             return None
         return mixed_linear(inputs, bank, batch, p)
+
+    def _make_mixture(self, plan: Plan, batch: Batch) -> Mixture | None:
+        used = [name for name in batch.used if name in self.lora_A]
+        if not plan.mixable.keys() >= set(used):
+            return None
+        mixture = Mixture(plan, batch, [plan.mixable[name] for name in used], tuple(plan.mixable.values()))
+        if not torch.compiler.is_compiling():
+            self._peftkern_mixture = mixture
+        return mixture
 
     # ---- can it be fused?
 
     def _plan(self) -> Plan:
         plan = self._peftkern_plan
-        if plan is not None:
-            modules = self._modules
-            if (
-                plan.active is self._active_adapter
-                and plan.base is modules["base_layer"]
-                and plan.adapters == list(modules["lora_A"].keys())
-                and plan.variants == self.lora_variant
-                and plan.quant_state is quant_state(plan.base)
-            ):
-                return plan
+        if (
+            plan is not None
+            and plan.active is self._active_adapter
+            and (torch.compiler.is_compiling() or self._still_fits(plan))
+        ):
+            return plan
         plan = self._make_plan()
         if not torch.compiler.is_compiling():
             self._peftkern_plan = plan
         return plan
+
+    def _still_fits(self, plan: Plan) -> bool:
+        return (
+            plan.base is self._modules["base_layer"]
+            and plan.inside == self._inside()  # dictionaries of modules, which are equal if they are the same
+            and plan.quant_state is quant_state(plan.base)
+        )
 
     def _make_plan(self) -> Plan:
         base = self.base_layer
@@ -193,21 +209,20 @@ class PatchedLayer(Patched):
         elif len(parts) > 1 and any(part.dora is not None for part in parts):
             reason = "several active adapters, one of them DoRA"
         mixable = {n: part for n, part in every.items() if part.dora is None and self._kind == "LoRA"}
-        names, variants = list(self.lora_A.keys()), dict(self.lora_variant)
-        return Plan(self._active_adapter, base, quant_state(base), names, variants, base_reason, reason, parts, mixable)
+        inside = tuple(held.copy() for held in self._inside())
+        return Plan(self._active_adapter, base, quant_state(base), inside, base_reason, reason, parts, mixable)
 
-    def _ready(self, parts: list[Part]) -> bool:
-        """Are these still the modules inside, and would calling them run nothing but their forward?"""
-        modules = self._modules
-        if _calls_more(modules["base_layer"]):
+    def _undisturbed(self, parts: list[Part]) -> bool:
+        """Would calling the modules inside run nothing but their forward?"""
+        if _calls_more(self._modules["base_layer"]):
             return False
         for part in parts:
-            name = part.name
-            for where, module in part.held:
-                if modules[where]._modules.get(name) is not module:  # assigned without a method of PEFT's
-                    self._peftkern_plan = None
-                    return False
-                if _calls_more(module):
+            for module in part.modules:
+                d = module.__dict__  # _calls_more, without the calls: this is most of what a mixed batch adds
+                if (
+                    d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
+                    or "forward" in d
+                ):  # fmt: skip
                     return False
         return torch.compiler.is_compiling() or not (_hooks_everywhere() or _transforms_active())
 
@@ -240,7 +255,7 @@ class PatchedLayer(Patched):
         plan = self._make_plan()
         if plan.reason:
             return plan.reason
-        if not self._ready(plan.parts):
+        if not self._undisturbed(plan.parts):
             return "an inner module has a hook or a forward of its own, which a fused call would not run"
         if plan.base.weight.requires_grad:
             return "the base weight trains"
@@ -324,14 +339,19 @@ class LoraForward(PatchedLayer):
         return _dropout_reason(self.lora_dropout[name])
 
     def _part(self, name: str) -> Part:
-        held = [(where, getattr(self, where)[name]) for where in ("lora_A", "lora_B", "lora_dropout")]
+        modules = [self.lora_A[name], self.lora_B[name], self.lora_dropout[name]]
         dora = self.lora_magnitude_vector[name] if name in self.lora_variant else None
-        if dora is not None:
-            held.append(("lora_magnitude_vector", dora))
-        return Part(name, tuple(held), self.lora_dropout[name], dora)
+        return Part(name, tuple(modules if dora is None else [*modules, dora]), modules[2], dora)
+
+    def _inside(self) -> tuple:
+        modules = self._modules
+        return (
+            modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules,
+            modules["lora_magnitude_vector"]._modules, self.lora_variant,
+        )  # fmt: skip
 
     def _factors(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        (_, A), (_, B) = part.held[:2]
+        A, B = part.modules[:2]
         return A.weight, B.weight, None, self.scaling[part.name]
 
 
@@ -344,12 +364,15 @@ class AdaLoraForward(PatchedLayer):
         return _dropout_reason(self.lora_dropout[name])
 
     def _part(self, name: str) -> Part:
-        return Part(name, (("lora_dropout", self.lora_dropout[name]),), self.lora_dropout[name], None)
+        return Part(name, (self.lora_dropout[name],), self.lora_dropout[name], None)
+
+    def _inside(self) -> tuple:
+        return list(self.lora_A.keys()), self._modules["lora_dropout"]._modules
 
     def _factors(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None, float]:
         name = part.name
         # ranknum is a tensor on the device: as a factor of lam it needs no read-back
-        lam = (self.lora_E[name] / (self.ranknum[name] + 1e-5)).reshape(-1)
+        lam = (self.lora_E[name].float() / (self.ranknum[name].float() + 1e-5)).reshape(-1)
         return self.lora_A[name], self.lora_B[name], lam, float(self.scaling[name])
 
 
