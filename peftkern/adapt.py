@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import AdaLoraConfig, LoraConfig, is_excluded, is_target, read_config, with_task_heads
+from .config import AdaLoraConfig, LoraConfig, fits_pattern, is_excluded, is_target, read_config, with_task_heads
 from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRAEmbedding, LoRALinear, NF4Linear, TiedLoRALinear
 from .modules.conv1d import is_conv1d, new_conv1d
 from .modules.lora import Quantize, quantize_config
@@ -43,6 +43,7 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     tied_to = tied_sources(model) if getattr(config, "ensure_weight_tying", False) else {}
     if tied_to:
         tied = {}
+    _warn_of_unused_patterns(config, targets)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     replacements: dict[int, nn.Module] = {}
     for name, linear in targets.items():
@@ -74,6 +75,15 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
         bias.requires_grad_(True)
     model.peftkern_config = config
     return model
+
+
+def _warn_of_unused_patterns(config: LoraConfig | AdaLoraConfig, targets: Mapping[str, nn.Module]) -> None:
+    """A typing error there would otherwise leave a layer at r, as in HF PEFT, which warns too."""
+    for field in ("rank_pattern", "alpha_pattern") if isinstance(config, LoraConfig) else ():
+        patterns = getattr(config, field)
+        unused = sorted(p for p in patterns if not any(fits_pattern(p, name) for name in targets))
+        if unused:
+            warnings.warn(f"{field}: {unused} match no layer that gets an adapter", stacklevel=3)
 
 
 def _tied_targets(model: nn.Module, targets: Mapping[str, nn.Module], nf4: NF4Config | None) -> dict[str, list[str]]:
@@ -163,7 +173,8 @@ def trainable_biases(model: nn.Module, bias: str, layers: Mapping[str, nn.Module
     have an adapter or are to get one."""
     if bias == "none":
         return {}
-    found = {f"{name}.base_layer.bias": m.bias for name, m in layers.items() if m.bias is not None}
+    biases = {name: getattr(m, "bias", None) for name, m in layers.items()}  # an embedding has none
+    found = {f"{name}.base_layer.bias": bias for name, bias in biases.items() if bias is not None}
     if bias == "all":
         for name, p in model.named_parameters():
             owner, _, leaf = name.rpartition(".")

@@ -256,10 +256,12 @@ def with_task_heads(config: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraC
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if fits_pattern(pattern, name)), default)
+
+
+def fits_pattern(pattern: str, name: str) -> bool:
+    """Does a key of rank_pattern or alpha_pattern mean this layer? An ending, or a regular expression for one."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 # Fields of a PEFT config that say where it came from or how PEFT itself is to behave, not what is computed.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .autotune import timed_products
-from .modules import AdaptedLinear, BaseWeight
+from .modules import AdaptedLinear, BaseWeight, LoRAEmbedding
 from .ops.library import ops
 from .patch import explain_allocator, explain_layer, is_peft_layer
 
@@ -133,6 +133,11 @@ def _path(layer: BaseWeight) -> str:
         )
         if device == "cpu" and layer.in_features % layer.nf4_config.block_size == 0:
             base += "; a few rows: looked up inside a product of our own instead"
+    if isinstance(layer, LoRAEmbedding):
+        parts = [f"rows of a dense {dtype} weight looked up by torch"]
+        if not layer.merged:
+            parts.append(f"rank-{layer.r} rows of the adapter looked up, and multiplied, by torch")
+        return "; ".join(parts)
     parts = [kernels, base]
     if isinstance(layer, AdaptedLinear):
         parts.append(_adapter_path(layer))

@@ -131,3 +131,11 @@ def test_patterns_of_layers_in_the_config():
 
     assert [is_target(config, n) for n in names] == [bool(check_target_module_exists(theirs, n)) for n in names]
     assert [is_target(config, n) for n in names] == [True, False, True, False]
+
+
+def test_patterns_that_match_nothing_are_said():
+    model = llama()
+    with pytest.warns(UserWarning, match=r"rank_pattern: \['q_prj'\] match no layer that gets an adapter"):
+        config = peftkern.LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"q_prj": 4, "q_proj": 3})
+        peftkern.adapt(model, config)
+    assert {m.r for m in model.modules() if isinstance(m, peftkern.LoRALinear)} == {3}

@@ -227,6 +227,18 @@ def test_a_base_weight_in_the_file_is_the_one_that_counts(tmp_path):
     torch.testing.assert_close(ours(TOKENS).logits, again(TOKENS).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_explain_and_trained_biases(tmp_path):
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], bias="all")
+    model = peftkern.adapt(llama(), config)
+    lines = peftkern.explain(model).splitlines()
+    assert any("LoRAEmbedding: rows of a dense float32 weight looked up by torch; rank-2 rows" in x for x in lines)
+    peftkern.save_adapter(model, tmp_path)
+    fresh = peftkern.load_adapter(llama(), tmp_path)
+    assert [n for n, p in fresh.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+
+
 def test_what_is_for_linear_layers_refuses(tmp_path):
     model = peftkern.adapt(gpt2(), LoraConfig(r=2, target_modules=["wpe", "c_fc"], init_lora_weights=False))
     folder = peftkern.save_adapter(model, tmp_path)
