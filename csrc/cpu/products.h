@@ -32,9 +32,9 @@ inline Tensor tiles_base(const CpuBackend& backend, const ForwardProduct& p, con
 
 // Whole runs of 32 columns, so that none of them crosses a block.
 template <class Product>
-bool tiles_accept(const Product& p, const Tensor& x, const cpu::Nf4Tiles* tiles) {
+bool tiles_accept(const Product& p, const Tensor& x, const cpu::Nf4Tiles* const (&tiles)[kDTypes]) {
   const Terms& t = p.terms;
-  return tiles && t.absmax && x.scalar_type() == ScalarType::BFloat16 && p.rows() > 0 && t.out > 0 && t.in > 0 &&
+  return t.absmax && tiles[static_cast<int>(dtype_of(x, "x"))] && p.rows() > 0 && t.out > 0 && t.in > 0 &&
          t.in % cpu::kTileColumnUnit == 0;
 }
 
@@ -47,9 +47,22 @@ inline Tensor few_rows_base(const CpuBackend& backend, const ForwardProduct& p, 
   return y;
 }
 
-// Up to so many rows nf4_few_rows beats dequantizing for the library: 0.60 against 2.49 ms for 1 row of 4096 x 4096,
-// 2.3 against 3.0 for 8, 3.4 against 2.7 for 12; and tiles: 0.73 against 1.06 for 2 rows, but 1.5 against 1.1 for 4.
-inline int64_t few_rows(bool has_tiles) { return has_tiles ? 2 : 8; }
+// Measured on 2 cores of a Zen 4, 4096 x 4096, against the library's product of a weight dequantized first: bf16
+// forward 41 and 41 ms for 512 rows, 6.0 and 7.2 for 64, 2.3 and 3.6 for 16; its gradient 43 and 43 ms for 512
+// rows, 6.9 and 8.3 for 64; fp32 forward 83 and 102, gradient 85 and 100 for 512 rows. Without the bf16 dot product the
+// alternative is MKL's fp32, which is at its peak on other machines than AMD's.
+inline bool tiles_pay(const Tensor& x) {
+  const std::string isa = cpu::kernels().name;
+  return cpu::is_amd() || (x.scalar_type() == ScalarType::BFloat16 && (isa == "amx" || isa == "avx512bf16"));
+}
+
+// Up to so many rows nf4_few_rows can. Without tiles, where the library is the alternative, it pays up to 8: 2.3
+// against 3.0 ms for 8 rows of 4096 x 4096, 3.4 against 2.7 for 12 (Xeon).
+inline constexpr int64_t kMostFewRows = 32;
+inline int64_t few_rows(const ForwardProduct& p) {
+  const auto& tiles = cpu::kernels().nf4_forward;
+  return tiles_accept(p, p.x, tiles) && tiles_pay(p.x) ? tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows - 1 : 8;
+}
 
 inline Tensor onednn_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {
   return onednn_linear(p.x, p.terms.dense_weight(backend, p.x.scalar_type()), float_vector(bias));
@@ -105,12 +118,13 @@ inline constexpr Way<CpuBackend, ForwardProduct> kCpuForward[] = {
     {"nf4_few_rows",
      [](const ForwardProduct& p) {
        const Terms& t = p.terms;
-       return t.absmax && p.rows() > 0 && p.rows() <= few_rows(tiles_accept(p, p.x, cpu::kernels().nf4_forward)) &&
-              t.in > 0 && t.in % t.block_size == 0;
+       return t.absmax && p.rows() > 0 && p.rows() <= kMostFewRows && t.in > 0 && t.in % t.block_size == 0;
      },
-     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, few_rows_base); }},
+     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, few_rows_base); },
+     [](const ForwardProduct& p) { return p.rows() <= few_rows(p); }},
     {"nf4_tiles", [](const ForwardProduct& p) { return tiles_accept(p, p.x, cpu::kernels().nf4_forward); },
-     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, tiles_base); }},
+     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, tiles_base); },
+     [](const ForwardProduct& p) { return tiles_pay(p.x); }},
     {"small", [](const ForwardProduct& p) { return small_accepts(p, p.x); },
      [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, small_base, false); },
      small_pays<ForwardProduct>},
@@ -128,7 +142,8 @@ inline constexpr Way<CpuBackend, GradientProduct> kCpuGradient[] = {
        Tensor dx = empty(p.q, {p.rows(), t.in}, p.q.scalar_type());
        backend.nf4_tiles(nf4_product(t, p.q, dense(t.weight), t.absmax->floats(backend), std::nullopt, dx), true);
        return add_low_rank(backend, p, dx);
-     }},
+     },
+     [](const GradientProduct& p) { return tiles_pay(p.q); }},
     {"small", [](const GradientProduct& p) { return small_accepts(p, p.q); },
      [](const CpuBackend& backend, const GradientProduct& p) {
        const Tensor weight = dense(p.terms.dense_weight(backend, p.q.scalar_type()));

@@ -26,5 +26,7 @@ constexpr KernelTable kernel_table(const char* name) {
           .multi_lora_up = multi_lora_up,
           .multi_lora_grad = multi_lora_grad,
           .update_importance = update_importance,
-          .jacobi_svd = jacobi_svd};
+          .jacobi_svd = jacobi_svd,
+          .nf4_forward = {},
+          .nf4_gradient = {}};
 }

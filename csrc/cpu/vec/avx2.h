@@ -4,6 +4,7 @@
 constexpr int kWidth = 8;
 constexpr int kTileRows = 4;  // 4 x 2 sums, 2 factor vectors and 1 broadcast of 16 registers
 constexpr int kTileVectors = 2;
+constexpr int kPanelRows = 6;  // 6 x 2 sums, 2 vectors of W and a broadcast of x in 16 registers
 
 struct F32 {
   __m256 v;
@@ -72,6 +73,13 @@ inline void transpose(F32 (&r)[kWidth]) {
     r[k].v = _mm256_permute2f128_ps(quad[k], quad[4 + k], 0x20);
     r[4 + k].v = _mm256_permute2f128_ps(quad[k], quad[4 + k], 0x31);
   }
+}
+
+// Even and odd lanes of 2 * kWidth, as they came.
+inline void interleave(F32 even, F32 odd, F32& low, F32& high) {
+  const __m256 l = _mm256_unpacklo_ps(even.v, odd.v), h = _mm256_unpackhi_ps(even.v, odd.v);
+  low.v = _mm256_permute2f128_ps(l, h, 0x20);
+  high.v = _mm256_permute2f128_ps(l, h, 0x31);
 }
 
 // As in avx512.h, 4 chunks.
@@ -201,6 +209,7 @@ template <class T>
 struct CodeValues {
   __m256 low, high;  // values 0..7 and 8..15
 
+  CodeValues() = default;
   explicit CodeValues(float absmax)
       : low(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v),
         high(round_through<T>(mul(load(kNf4Codes + 8), set1(absmax))).v) {}

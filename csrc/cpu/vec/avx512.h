@@ -4,6 +4,7 @@
 constexpr int kWidth = 16;
 constexpr int kTileRows = 8;  // 8 x 2 sums: twice the 4-cycle latency x 2 ports, and one factor load serves 8 rows
 constexpr int kTileVectors = 2;
+constexpr int kPanelRows = 14;  // 14 x 2 sums, 2 vectors of W and a broadcast of x in 32 registers
 
 struct F32 {
   __m512 v;
@@ -67,6 +68,13 @@ inline void transpose(F32 (&r)[kWidth]) {
     r[8 + k].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
     r[12 + k].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
   }
+}
+
+// Even and odd lanes of 2 * kWidth, as they came.
+inline void interleave(F32 even, F32 odd, F32& low, F32& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low.v = _mm512_permutex2var_ps(even.v, first, odd.v);
+  high.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
 }
 
 // 8 chunks, each in the low half of a 64-bit lane: vpmuludq multiplies 32 x 32 -> 64 there and reads no high half, so
@@ -166,6 +174,7 @@ struct NibbleTable {
   static constexpr int kElements = 32;
   __m512i value;  // the 16 values, twice
 
+  explicit NibbleTable(__m512i values) : value(values) {}
   explicit NibbleTable(float absmax) {
     alignas(32) T rounded[16];
     store(rounded, mul(load(kNf4Codes), set1(absmax)));
@@ -211,6 +220,7 @@ template <class T>
 struct CodeValues {
   __m512 value;
 
+  CodeValues() = default;
   explicit CodeValues(float absmax) : value(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v) {}
 
   void lookup(const uint8_t* packed, F32& even, F32& odd) const {  // vpermps reads bits 0..3 of each index
