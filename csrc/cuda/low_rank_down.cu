@@ -101,8 +101,9 @@ struct FactorShare {
   __device__ static int group() { return threadIdx.x / 32 / kTiles; }
 };
 
+// At least 1 block: else ptxas aims at 128 registers on sm_120, and spills.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kDownThreads) low_rank_down_kernel(LowRankDown args, int64_t parts) {
+__global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankDown args, int64_t parts) {
   constexpr int kGroups = SplitFactor<kTiles>::kGroups, kStageColumns = kGroups * kGroupColumns;
   static_assert(kPartColumns % kStageColumns == 0);
   __shared__ SplitFactor<kTiles> shared;

@@ -149,10 +149,8 @@ __global__ void __launch_bounds__(kPartThreads) low_rank_grad_sum_kernel(LowRank
             args.grad_dtype);
 }
 
-// Ranks of a block. 64 of fp32, whose x takes twice the registers, would spill.
-static int64_t block_ranks(const LowRankGrad& args) {
-  return args.rank <= 16 ? 16 : args.rank <= 32 || args.x_dtype == DType::f32 ? 32 : 64;
-}
+// Ranks of a block: 64 would spill.
+static int64_t block_ranks(const LowRankGrad& args) { return args.rank <= 16 ? 16 : 32; }
 
 static int64_t block_tiles(const LowRankGrad& args) {
   return ceil_div(args.rank, block_ranks(args)) * ceil_div(args.columns, kGradColumns);
@@ -173,11 +171,10 @@ cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(block_tiles(args) * slabs);
   dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
-    switch (block_ranks(args)) {
-      case 16: low_rank_grad_kernel<T, 1><<<blocks, kGradThreads, 0, stream>>>(args, slabs); break;
-      case 32: low_rank_grad_kernel<T, 2><<<blocks, kGradThreads, 0, stream>>>(args, slabs); break;
-      default:
-        if constexpr (sizeof(T) == 2) low_rank_grad_kernel<T, 4><<<blocks, kGradThreads, 0, stream>>>(args, slabs);
+    if (block_ranks(args) == 16) {
+      low_rank_grad_kernel<T, 1><<<blocks, kGradThreads, 0, stream>>>(args, slabs);
+    } else {
+      low_rank_grad_kernel<T, 2><<<blocks, kGradThreads, 0, stream>>>(args, slabs);
     }
   });
   const cudaError_t error = cudaGetLastError();

@@ -112,8 +112,8 @@ class LowRankGrad(ctypes.Structure):
     ]  # fmt: skip
 
     def workspace_size(self) -> int:
-        """low_rank_grad_workspace: 128 columns and up to 64 ranks a block, 256 rows at least."""
-        ranks = 16 if self.rank <= 16 else 32 if self.rank <= 32 or self.x_dtype == F32 else 64
+        """low_rank_grad_workspace: 128 columns and up to 32 ranks a block, 256 rows at least."""
+        ranks = 16 if self.rank <= 16 else 32
         slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128), self.rows // 256)
         return slabs * self.rank * self.columns if slabs > 1 else 0
 
