@@ -31,7 +31,7 @@ def patch(model: nn.Module) -> nn.Module:
 
     Layers that a later ``add_adapter`` makes are patched too. Raises ValueError if model has no layer of PEFT's.
 
-    >>> import peft
+    >>> import peft, torch
     >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 8)), peft.LoraConfig(target_modules=["0"]))
     >>> patch(model)(torch.randn(2, 16)).shape
     torch.Size([2, 8])

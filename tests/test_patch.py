@@ -90,8 +90,8 @@ def assert_equal_results(got: dict, expected: dict, tolerance: float = 1e-6) -> 
 
 def assert_equal_in_bf16(got: dict, expected: dict, exact: dict, once: bool, slack: float = 1.25) -> None:
     """once: PEFT rounds the sum once, as we do: then one ulp of the output's scale between the two. Elsewhere it also
-    rounds x A^T, what B makes of it, and the scaling of that, and is itself up to 1.6 ulp off: then float64 is the
-    measure, 1.6 of it after all layers of the model (test_patch_bf16.py asks one of each alone)."""
+    rounds x A^T, what B makes of it, and the scaling of that, and is itself further off: then float64 is the
+    measure, 1.6 ulp after all layers of the model (test_patch_bf16.py asks one of each alone)."""
     assert got["logits"].dtype == expected["logits"].dtype
     ulp = bf16_ulp(expected["logits"])
     if once:
