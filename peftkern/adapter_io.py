@@ -28,6 +28,7 @@ from .files import write_whole
 from .modules import AdaLoRALinear, AdaptedLinear, LoRALinear
 from .modules.adalora import rank_axis
 from .ops.library import FLOAT_DTYPES
+from .sharded_triplets import is_sharded
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -47,11 +48,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     """
     model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
+    sharded = any(is_sharded(t) for t in tensors.values())
     if isinstance(config, AdaLoraConfig):
         tensors, config = _sliced(model, tensors, config, drop_masked)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    sharded = any(_is_sharded(t) for t in tensors.values())
     contiguous = {name: _whole(t.detach()).cpu().contiguous() for name, t in tensors.items()}
     if config.target_modules == "all-linear":  # as HF PEFT does, for readers that know names only
         config = replace(config, target_modules=exact_targets(model, dict(adapted_layers(model))))
@@ -67,18 +68,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     return folder
 
 
-def _is_sharded(t: Tensor) -> bool:
-    """A DTensor? Without importing torch.distributed.tensor, which takes longer than all of peftkern."""
-    return hasattr(t, "full_tensor")
-
-
 def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if _is_sharded(t) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def _copy_into(target: Tensor, source: Tensor) -> None:
     """Each process has read the whole source, and keeps its part of a sharded target."""
-    if _is_sharded(target):
+    if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         source = source.to(target.device, target.dtype)
@@ -197,15 +193,16 @@ def _sliced(
     """
     tensors, pattern = dict(tensors), {}
     layers = dict(adapted_layers(model))
-    drop_masked = drop_masked and any(bool(layer.lora_E.any()) for layer in layers.values())
+    E = {name: _whole(layer.lora_E.detach()) for name, layer in layers.items()}
+    drop_masked = drop_masked and any(bool(e.any()) for e in E.values())
     for name, layer in layers.items():
-        keep = (layer.lora_E.detach() != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
+        keep = (E[name] != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
         kept = iter(keep.tolist())
         pattern[f"{name}.lora_E"] = [was and next(kept) for was in layer.present]
         if not bool(keep.all()):
             for parameter in layer.adapter_parameters():
                 key = f"{PREFIX}{name}.{parameter}"
-                tensors[key] = tensors[key].index_select(rank_axis(parameter), keep.nonzero().view(-1))
+                tensors[key] = _whole(tensors[key]).index_select(rank_axis(parameter), keep.nonzero().view(-1))
     whole = all(all(present) for present in pattern.values())
     return tensors, replace(config, rank_pattern=None if whole else pattern)
 
