@@ -294,7 +294,7 @@ def case_adalora_refusals(folder):
     for call in (
         lambda: peftkern.RankAllocator(model, prune="final"),
         lambda: peftkern.prune_ranks(model),
-        lambda: peftkern.RankAllocator(nn.ModuleList([model[0], make_adalora()[0]])),
+        lambda: peftkern.RankAllocator(nn.ModuleList([model[0], make_adalora()[0]]), model.peftkern_config),
     ):
         with pytest.raises((ValueError, RuntimeError)) as error:
             call()
