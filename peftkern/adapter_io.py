@@ -32,6 +32,7 @@ from .modules import AdaLoRALinear, AdaptedLinear, LoRAEmbedding, LoRALinear, Ti
 from .modules.adalora import rank_axis
 from .modules.adapted import features_of
 from .ops.library import FLOAT_DTYPES
+from .sharded_triplets import is_sharded
 from .whole_modules import find_saved_modules
 
 CONFIG_NAME = "adapter_config.json"
@@ -58,11 +59,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
     tensors |= _frozen_embeddings(model, config, dict(adapted_layers(model)))
+    sharded = any(is_sharded(t) for t in tensors.values())
     if isinstance(config, AdaLoraConfig):
         tensors, config = _sliced(model, tensors, config, drop_masked)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    sharded = any(_is_sharded(t) for t in tensors.values())
     contiguous = {name: _whole(t.detach()).cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
     for name, t in contiguous.items():  # safetensors refuses two names for one memory: those of a tied weight
@@ -84,18 +85,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     return folder
 
 
-def _is_sharded(t: Tensor) -> bool:
-    """A DTensor? Without importing torch.distributed.tensor, which takes longer than all of peftkern."""
-    return hasattr(t, "full_tensor")
-
-
 def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if _is_sharded(t) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def _copy_into(target: Tensor, source: Tensor) -> None:
     """Each process has read the whole source, and keeps its part of a sharded target."""
-    if _is_sharded(target):
+    if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         source = source.to(target.device, target.dtype)
@@ -231,15 +227,16 @@ def _sliced(
     """
     tensors, pattern = dict(tensors), {}
     layers = dict(adapted_layers(model))
-    drop_masked = drop_masked and any(bool(layer.lora_E.any()) for layer in layers.values())
+    E = {name: _whole(layer.lora_E.detach()) for name, layer in layers.items()}
+    drop_masked = drop_masked and any(bool(e.any()) for e in E.values())
     for name, layer in layers.items():
-        keep = (layer.lora_E.detach() != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
+        keep = (E[name] != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
         kept = iter(keep.tolist())
         pattern[f"{name}.lora_E"] = [was and next(kept) for was in layer.present]
         if not bool(keep.all()):
             for parameter in layer.adapter_parameters():
                 key = f"{PREFIX}{name}.{parameter}"
-                tensors[key] = tensors[key].index_select(rank_axis(parameter), keep.nonzero().view(-1))
+                tensors[key] = _whole(tensors[key]).index_select(rank_axis(parameter), keep.nonzero().view(-1))
     whole = all(all(present) for present in pattern.values())
     return tensors, replace(config, rank_pattern=None if whole else pattern)
 

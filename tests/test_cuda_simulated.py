@@ -30,11 +30,12 @@ from ptxsim.ops_cases import (
     threshold_of,
 )
 from samples import NF4_SAMPLES, SAMPLES
-from test_rank_allocation import make_layers, new_state, replace_gradients
+from test_rank_allocation import as_parameters, make_layers, new_state, replace_gradients
 
 import peftkern
 from peftkern import reference
 from peftkern.ops import jacobi_svd, mask_ranks, multi_lora, orthogonality_penalty, rank_mask, update_importance
+from peftkern.ops.rank_allocation import TripletTable
 
 pytestmark = pytest.mark.slow
 
@@ -376,21 +377,24 @@ def test_jacobi_svd_on_simulated_kernels(n):
     assert (got_U * signs - U).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("tabled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rank_allocation_on_simulated_kernels(dtype):
+def test_rank_allocation_on_simulated_kernels(dtype, tabled):
     """Two updates and a mask: averages and masks of the CPU bit for bit, scores within their sums' rounding."""
-    layers, results, scale = make_layers(dtype), [], torch.tensor([64.0])
+    layers, results, scale = as_parameters(make_layers(dtype)), [], torch.tensor([64.0])
+    table = TripletTable(*layers) if tabled else None
     for simulated in (False, True):
         device = Device("sm_80", host_memory=True)
         _, sensitivity, uncertainty = new_state(layers)
         E = [e.detach().clone() for e in layers[1]]
         for step in range(2):
             replace_gradients(layers, step)
-            layers[0][3].grad = layers[1][1].grad = layers[2][0].grad = None
+            if not tabled:
+                layers[0][3].grad = layers[1][1].grad = layers[2][0].grad = None
             grads = [t.grad for group in layers for t in group if t.grad is not None]
             tensors = [t for group in layers for t in group] + [*grads, sensitivity, uncertainty, scale]
             with package_on(device, tensors) if simulated else nullcontext():
-                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale)
+                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale, table)
         same_scores = results[0][2] if simulated else scores
         with package_on(device, [same_scores]) if simulated else nullcontext():
             masks = [rank_mask(same_scores, 70, exact) for exact in (False, True)]
