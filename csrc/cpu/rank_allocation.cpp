@@ -39,7 +39,7 @@ void multiply_down(const KernelTable& k, const void* x, DType x_dtype, int64_t r
                          .dropout = {},
                          .out = out};
   const int64_t ld = k.padded_rank(rank);
-  std::vector<float> packed(static_cast<size_t>((columns + 1) / 2 * 2 * ld));
+  std::vector<float> packed(static_cast<size_t>(cpu::round_up(columns, cpu::kMaxLanes) * ld));
   std::vector<float> scratch(static_cast<size_t>(cpu::kRowBlock * ld));
   k.pack_down(args, packed.data(), 0, columns);
   k.low_rank_down(args, packed.data(), scratch.data(), 0, rows);

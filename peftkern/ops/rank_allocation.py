@@ -18,7 +18,6 @@ from .library import ops
 
 _update_importance = ops.update_importance_.default
 _update_importance_table = ops.update_importance_table_.default
-_update_importance_table = ops.update_importance_table_.default
 _rank_mask = ops.rank_mask.default
 _mask_ranks = ops.mask_ranks_.default
 _orthogonality = ops.orthogonality.default
@@ -26,7 +25,6 @@ _orthogonality_backward = ops.orthogonality_backward.default
 
 STATE_ALIGNMENT = 16  # kStateAlignment of csrc/rank_allocation.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/dtypes.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/dtypes.h
 
 
 def state_layout(shapes: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[slice, slice, slice]], int]:
