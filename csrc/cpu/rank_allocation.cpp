@@ -12,6 +12,7 @@
 #include "backend.h"
 #include "convert.h"
 #include "kernels.h"
+#include "split.h"
 
 namespace peftkern {
 
@@ -21,10 +22,11 @@ using torch::stable::parallel_for;
 
 namespace {
 
-constexpr int64_t kWorkPerThread = 1 << 16;  // elements of an update, multiply-adds of a product
+
+constexpr int64_t kLayerWork = 1 << 16;  // for a thread: elements of an update, multiply-adds of a product
 
 // f(i) or f(begin, end) over layers or factors of `work` in all.
-int64_t grain(int64_t n, int64_t work) { return std::max<int64_t>(1, kWorkPerThread * n / std::max<int64_t>(work, 1)); }
+int64_t grain(int64_t n, int64_t work) { return std::max<int64_t>(1, kLayerWork * n / std::max<int64_t>(work, 1)); }
 
 // out = alpha * x F^T on this thread; F is [rank, columns].
 void multiply_down(const KernelTable& k, const void* x, DType x_dtype, int64_t rows, int64_t columns,
