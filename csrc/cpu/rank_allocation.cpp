@@ -22,7 +22,6 @@ using torch::stable::parallel_for;
 
 namespace {
 
-
 constexpr int64_t kLayerWork = 1 << 16;  // for a thread: elements of an update, multiply-adds of a product
 
 // f(i) or f(begin, end) over layers or factors of `work` in all.
