@@ -53,6 +53,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("Columns >= in) packed_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
     ("Columns >= in) absmax_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
     ("q_column_ < left_ + kGradientDepth", "to `< -1 +`"): MULTIPLES,
+    ("copy_async_wait<0>();", "left out"): "nothing is read after it: it waits so that no copy outlives its block",
     ("first_rank < args.rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
     (
         "if (valid <= 0) return;",
@@ -127,7 +128,7 @@ def dropped_instructions(file: str, reached: dict[str, list[Case]]):
                 if result.kernel.mangled == mangled:
                     executed |= {i for i in candidates if result.raw["warps"][i]}
         for index in sorted(executed):
-            where = kernel.program.lines[index]
+            *_, where = kernel.program.lines[index].chain()  # the call in the kernel, not the instruction in a header
             path = cudart.CUDA_SOURCES / where.file
             source = path.read_text().splitlines()[where.line - 1].strip()
             mutant = Mutant(where.file, where.line, source, "left out", short(kernel.signature))
