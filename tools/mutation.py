@@ -35,6 +35,7 @@ SYNCHRONIZING = ("bar", "warpsync", "fence", "cp_commit", "cp_wait", "cp_wait_al
 MAX_STEPS = 10**7  # a mutant that never ends is noticed too
 
 GUARDED = "one more step, over nothing: every access in it is guarded by itself, and its terms are zero"
+MULTIPLES = "both sides are multiples of 8 or more, so none is one below the other"
 SLOW_PATH = "the last whole chunk takes the path for partial ones, which gives the same bits"
 
 EXPLAINED: dict[tuple[str, str], str] = {
@@ -46,8 +47,13 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("if (i > 0) load_chunk(", "to `>=`"): "loads once more what is in registers",
     ("if (valid <= 0) break;", "to `<`"): "a chunk without elements: nothing is loaded or stored",
     ("first < args.rows; first += kRowsInFlight", "to `<=`"): GUARDED,
-    ("first_column < args.columns; first_column += kDownColumns", "to `<=`"): GUARDED,
-    ("for (; row < args.rows; row += kRowLanes)", "to `<=`"): GUARDED,
+    ("rank - 4 * member < args.rank; rank += kLowRankDepth", "to `<=`"): GUARDED,
+    ("k < static_cast<int>(args.weight.out); k += kGradientDepth", "to `<=`"): GUARDED,
+    ("k < static_cast<int>(args.weight.out); k += kGradientDepth", "to `< -1 +`"): MULTIPLES,
+    ("Columns >= in) packed_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
+    ("Columns >= in) absmax_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
+    ("q_column_ < left_ + kGradientDepth", "to `< -1 +`"): MULTIPLES,
+    ("copy_async_wait<0>();", "left out"): "nothing is read after it: it waits so that no copy outlives its block",
     ("first_rank < args.rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
     (
         "if (valid <= 0) return;",
@@ -122,7 +128,7 @@ def dropped_instructions(file: str, reached: dict[str, list[Case]]):
                 if result.kernel.mangled == mangled:
                     executed |= {i for i in candidates if result.raw["warps"][i]}
         for index in sorted(executed):
-            where = kernel.program.lines[index]
+            *_, where = kernel.program.lines[index].chain()  # the call in the kernel, not the instruction in a header
             path = cudart.CUDA_SOURCES / where.file
             source = path.read_text().splitlines()[where.line - 1].strip()
             mutant = Mutant(where.file, where.line, source, "left out", short(kernel.signature))
@@ -142,12 +148,15 @@ MOVES = {"<": (" <= ", " < -1 + "), "<=": (" <= 1 + ", " < "), ">": (" >= ", " >
 def comparisons(path: Path) -> list[tuple[Mutant, str]]:
     """Mutants of a file with their source text: of device code, and not of unrolled loops, whose bounds are constants.
 
-    The host side, from `launch_tiles` or `launch_<op>` on, decides no memory access.
+    The host side, static functions and all from `launch_<op>` on, decides no memory access.
     """
-    lines, found = path.read_text().splitlines(), []
+    lines, found, host = path.read_text().splitlines(), [], False
     for i, line in enumerate(lines):
         if re.search(r"launch_\w+\(const ", line) and path.suffix == ".cu":
             break
+        host = line != "}" if host else bool(re.match(r"static (?!__device__|constexpr)", line))
+        if host:
+            continue
         code = line.split("//")[0]
         skipped = re.match(r"\s*(#|template|static_assert|constexpr|static constexpr)", code)
         if skipped or "__launch_bounds__" in code:

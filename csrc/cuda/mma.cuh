@@ -49,6 +49,21 @@ __device__ __forceinline__ void store_shared_float(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 
+// ---- threadIdx.x and blockIdx.x, read anew
+//
+// So what is computed from them after a loop takes no registers during it. A tile of 128 rows has none left.
+
+__device__ __forceinline__ uint32_t thread_anew() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ uint32_t block_anew() {
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 // ---- pairs of 16-bit values, `low` in the low half: the one that comes first in memory
 
 template <class T>

@@ -66,19 +66,6 @@ struct ForwardShared {
   static constexpr int kBlocks = kRows >= 64 ? 2 : 3;
 };
 
-// threadIdx.x and blockIdx.x, read anew: what is computed from them after the loop is not kept in registers during it,
-// of which a tile of 128 rows has none left.
-__device__ __forceinline__ uint32_t thread_anew() {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-__device__ __forceinline__ uint32_t block_anew() {
-  uint32_t block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return block;
-}
-
 // The part of y that a block makes, or of whose sum over `in` it makes a part. In 32 bits, as the grid: 64-bit
 // divisions are long, and their results would take registers that the loop needs.
 template <int kRows>

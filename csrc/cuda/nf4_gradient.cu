@@ -5,10 +5,10 @@
 // makes kRows rows x 128 columns of dx; each of its 4 warps makes all rows of 32 columns, so that a weight is
 // dequantized once per block. It walks along `out` in steps of 64:
 //
-//   global memory                     shared memory, kStages stages                registers of a lane (group, member)
-//   q [rows, 64]        cp.async      q [rows][8 chunks]                           rows group + 8 i, k 16 member +
-//   0..15 packed [64, 64 B]   cp.async      packed [16][4 warps][4 members][16 B]        4 columns of the same 16 k
-//   absmax              registers     absmax [4 warps][4 members][16]              of these 16 k
+//   global memory                     shared memory, kStages stages            registers of a lane (group, member)
+//   q [rows, 64]        cp.async      q [rows][8 chunks]                       k 16 member + 0..15 of rows group + 8 i
+//   packed [64, 64 B]   cp.async      packed [16][4 members][4 warps][16 B]    4 columns of the same 16 k
+//   absmax              registers     absmax [4 warps][4 members][16]          of these 16 k
 //
 // k, a row of W, is permuted in both operands alike: slots {2 member, + 1 | + 8, + 9} of the step s of 16 are the
 // physical k = 16 member + 4 s + {0, 1 | 2, 3}. So a lane's q is two 16-byte chunks. Its weights are 2 bytes in each of
@@ -28,20 +28,22 @@ namespace peftkern {
 
 constexpr int kGradientThreads = 128, kGradientWarps = kGradientThreads / 32;
 constexpr int kWarpColumns = 32, kGradientColumns = kWarpColumns * kGradientWarps;
-constexpr int kGradientDepth = 64;                          // rows of W of a step
-constexpr int kQRow = kGradientDepth * 2;                   // bytes of a row of q in a stage
-constexpr int kPackedChunk = 16;                            // 32 columns of a row of W
-constexpr int kPackedRows = kGradientWarps * kPackedChunk;  // bytes of a row of W in a stage
-constexpr int kAbsmaxMember = 16 * 4 + 16;                  // bytes of the absmax of 16 rows; + 16: members' own banks
-constexpr int kAbsmaxWarp = 4 * kAbsmaxMember;
-constexpr int kLowRankDepth = 16;  // ranks of a step of the low-rank part
+constexpr int kGradientDepth = 64;         // rows of W of a step
+constexpr int kQRow = kGradientDepth * 2;  // bytes of a row of q in a stage
+constexpr int kPackedChunk = 16;           // 32 columns of a row of W
+constexpr int kLowRankDepth = 16;          // ranks of a step of the low-rank part
+
+// [4 members][64 bytes] in a stage, of packed and of absmax. 16 bytes in the middle give the members, who read 16 bytes
+// each, banks of their own. What 8 lanes copy or a warp stores are whole pairs of members.
+constexpr int kMembers = 4 * 64 + 16;
+__device__ __forceinline__ int member_offset(int member) { return member * 64 + member / 2 * 16; }
 
 // The shared memory of a block: the table of nf4_table.cuh, then the stages.
 template <int kRows>
 struct GradientShared {
   static constexpr int kStages = kRows == 128 ? 3 : 4;
-  static constexpr int kPacked = kRows * kQRow, kAbsmax = kPacked + kGradientDepth * kPackedRows;  // offsets in a stage
-  static constexpr int kStageBytes = kAbsmax + kGradientWarps * kAbsmaxWarp;
+  static constexpr int kPacked = kRows * kQRow, kAbsmax = kPacked + 16 * kMembers;  // offsets in a stage
+  static constexpr int kStageBytes = kAbsmax + kGradientWarps * kMembers;
   static constexpr int kBytes = kByteTableBytes + kStages * kStageBytes;
   static_assert(kBytes <= 99 * 1024, "what a block of sm_86, sm_89 and sm_120 may have");
 
@@ -57,9 +59,9 @@ struct GradientTile {
 
   // Neighbouring blocks share columns of W, which come from memory; q comes from L2.
   __device__ __forceinline__ GradientTile(const Nf4Gradient& args, int rows) {
-    const int64_t row_tiles = (args.rows + rows - 1) / rows;
-    row = blockIdx.x % row_tiles * rows;
-    column = blockIdx.x / row_tiles * kGradientColumns;
+    const uint32_t row_tiles = static_cast<uint32_t>((args.rows + rows - 1) / rows), block = block_anew();
+    row = static_cast<int64_t>(block % row_tiles) * rows;
+    column = static_cast<int64_t>(block / row_tiles) * kGradientColumns;
   }
 };
 
@@ -82,12 +84,13 @@ class GradientLoader {
     q_column_ = chunk * kChunk;
     q_target_ = row * kQRow + (chunk ^ (row & 1)) * 16;
 
-    packed_row_ = threadIdx.x / kGradientWarps;
+    // 8 lanes bring rows k and k + 16, the same row of two members.
+    packed_row_ = threadIdx.x / (2 * kGradientWarps) + threadIdx.x / kGradientWarps % 2 * 16;
     const int warp = threadIdx.x % kGradientWarps;
     packed_ = args.weight.packed + packed_row_ * (in / 2) + tile.column / 2 + warp * kPackedChunk;
     packed_step_ = kPackedStep * (in / 2);
     packed_target_ =
-        Shared::kPacked + ((packed_row_ % 16 * kGradientWarps + warp) * 4 + packed_row_ / 16) * kPackedChunk;
+        Shared::kPacked + packed_row_ % 16 * kMembers + member_offset(packed_row_ / 16) + warp * kPackedChunk;
     if (tile.column + warp * kWarpColumns >= in) packed_row_ = kOutside;
 
     // A thread brings the absmax of a row for 2 warps, whose 64 columns share it unless blocks are shorter. 64 rows of
@@ -96,8 +99,7 @@ class GradientLoader {
     const int first_warp = threadIdx.x / kGradientDepth * 2;
     block_ = static_cast<uint32_t>((absmax_row_ * in + tile.column + first_warp * kWarpColumns) >> block_size_log2);
     block_step_ = static_cast<uint32_t>((kGradientDepth * in) >> block_size_log2);
-    absmax_target_ =
-        Shared::kAbsmax + first_warp * kAbsmaxWarp + absmax_row_ / 16 * kAbsmaxMember + absmax_row_ % 16 * 4;
+    absmax_target_ = Shared::kAbsmax + first_warp * kMembers + member_offset(absmax_row_ / 16) + absmax_row_ % 16 * 4;
     if (tile.column + first_warp * kWarpColumns >= in) absmax_row_ = kOutside;
     fetch_absmax();
   }
@@ -128,7 +130,7 @@ class GradientLoader {
   __device__ __forceinline__ void load_packed(uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < kPackedCount; ++i) {
-      copy_async(stage + packed_target_ + i * (kPackedStep / 16) * kPackedChunk, packed_,
+      copy_async(stage + packed_target_ + i * member_offset(kPackedStep / 16), packed_,
                  packed_row_ + i * kPackedStep < left_ ? 16 : 0);
       packed_ += packed_step_;
     }
@@ -136,7 +138,7 @@ class GradientLoader {
 
   __device__ __forceinline__ void load_absmax(uint32_t stage) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_shared_float(stage + absmax_target_ + i * kAbsmaxWarp, absmax_[i]);
+    for (int i = 0; i < 2; ++i) store_shared_float(stage + absmax_target_ + i * kMembers, absmax_[i]);
     left_ -= kGradientDepth;
     block_ += block_step_;
     fetch_absmax();
@@ -251,8 +253,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   uint32_t packed[2][2];
   float absmax[2][4];
   uint32_t weights[2][2][4][2];
-  const uint32_t packed_source = Shared::kPacked + (warp * 4 + member) * kPackedChunk + 2 * group;
-  const uint32_t absmax_source = Shared::kAbsmax + warp * kAbsmaxWarp + member * kAbsmaxMember;
+  const uint32_t packed_source = Shared::kPacked + member_offset(member) + warp * kPackedChunk + 2 * group;
+  const uint32_t absmax_source = Shared::kAbsmax + warp * kMembers + member_offset(member);
   const uint32_t q_source = group * kQRow + (2 * member ^ (group & 1)) * 16;
   const auto read_weights = [&](uint32_t stage, int half) {
 #pragma unroll
@@ -260,8 +262,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
       const int step = 2 * half + i;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        const uint32_t source = stage + packed_source + (4 * step + 2 * pair) * 4 * kPackedRows;
-        packed[i][pair] = load_shared_pair(source, source + 4 * kPackedRows);
+        const uint32_t source = stage + packed_source + (4 * step + 2 * pair) * kMembers;
+        packed[i][pair] = load_shared_pair(source, source + kMembers);
       }
       const float4 v = load_shared_float4(stage + absmax_source + 16 * step);
       absmax[i][0] = v.x, absmax[i][1] = v.y, absmax[i][2] = v.z, absmax[i][3] = v.w;
@@ -314,13 +316,15 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShared<kRows>::kBloc
   }
   copy_async_wait<0>();
 
-  const int64_t in = args.weight.in, column = tile.column + warp * kWarpColumns + 4 * group;
+  const GradientTile same_tile(args, kRows);
+  const uint32_t thread = thread_anew();
+  const int64_t in = args.weight.in, column = same_tile.column + thread / 32 * kWarpColumns + thread % 32 / 4 * 4;
   const bool dx_aligned = quads_aligned<T>(args.dx, in * sizeof(T));
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = tile.row + 8 * i + 2 * member + h;
+      const int64_t row = same_tile.row + 8 * i + thread % 4 * 2 + h;
       if (row >= args.rows) continue;
       const float v[kQuad] = {sum[i][0][h], sum[i][0][2 + h], sum[i][1][h], sum[i][1][2 + h]};
       store_quad(static_cast<T*>(args.dx) + row * in + column, in - column, dx_aligned, v);

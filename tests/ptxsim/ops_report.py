@@ -44,9 +44,10 @@ OPERANDS = {
     "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
     "nf4_forward": {
         "x": "copy_async((target", "packed": "copy_async(packed", "absmax": "static_cast<const float*>(blocks_)",
-        "codes": "static_cast<const uint8_t*>(blocks_)", "nested_absmax": "weight_.nested_absmax[",
-        "offset": "*weight_.offset", "table": "kDynamicTable[code]", "table ": "kNf4Table[", "u": "load_quad(args.u",
-        "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale", "bias": "load_quad(args.bias",
+        "table": "kDynamicTable[code]", "codes": "static_cast<const uint8_t*>(blocks_)",
+        "nested_absmax": "weight_.nested_absmax[", "offset": "*weight_.offset", "table ": "kNf4Table[",
+        "u": "load_quad(args.u", "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale",
+        "bias": "load_quad(args.bias",
         "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
         "workspace": "part[i * kForwardThreads]",
     },
