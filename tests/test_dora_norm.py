@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.ops.dora_norm import dora_norm
+from peftkern.ops.library import ops
 from peftkern.ops.tensor_cache import TensorCache
 
 
@@ -40,7 +41,7 @@ def test_where_the_adapter_cancels_the_weight(left):
 
 
 def test_never_makes_the_adapted_weight():
-    """Nothing that torch makes outside the product is larger than B, where the weight's own norms are in the cache."""
+    """Nothing that torch makes around the op is larger than B, where the weight's own norms are in the cache."""
     W, A, B = torch.randn(512, 512).bfloat16(), torch.randn(4, 512).bfloat16(), torch.randn(512, 4).bfloat16()
     cache = TensorCache()
     dora_norm(W, A, B, cache=cache)
@@ -50,7 +51,7 @@ def test_never_makes_the_adapted_weight():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and function is not torch.ops.peftkern.adapted_linear.default:
+            if isinstance(result, torch.Tensor):
                 largest = max(largest, result.numel())
             return result
 
@@ -72,3 +73,48 @@ def test_wrong_shapes():
         ValueError, match=r"A, B: expected \[r, in\] and \[out, r\] for a weight \[16, 32\], got \[2, 16\]"
     ):
         dora_norm(torch.randn(16, 32), torch.randn(2, 16), torch.randn(16, 2))
+
+
+def test_autocast_changes_nothing():
+    W, A, B = torch.randn(16, 64), torch.randn(4, 64), torch.randn(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dora_norm(W, A, B)
+    assert torch.equal(got, dora_norm(W, A, B))
+
+
+@pytest.mark.parametrize("columns", [64, 37, 96])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_squared_row_norms(columns, double_quant, isa):
+    """NF4 rows that begin inside of a block and of a byte, an odd number of weights; empty weights."""
+    for q in (peftkern.quantize_nf4(torch.randn(rows, columns), 32, double_quant) for rows in (9, 0)):
+        arguments = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size, *q.shape)
+        expected = peftkern.dequantize_nf4(q, torch.float32).double().square().sum(1)
+        torch.testing.assert_close(ops.squared_row_norms(*arguments), expected, rtol=1e-6, atol=0)
+        torch.library.opcheck(ops.squared_row_norms, arguments)
+    assert not ops.squared_row_norms(torch.empty(3, 0), None, None, None, 64, 3, 0).any()
+
+
+def test_opcheck():
+    W, A, B = torch.randn(16, 64), torch.randn(4, 64), torch.randn(16, 4)
+    base = (W, None, None, None, 64)
+    w2 = ops.squared_row_norms(*base, 16, 64)
+    torch.library.opcheck(ops.dora_norm, (*base, A, B, w2, 0.5))
+    assert not torch.isnan(ops.dora_norm(*base, A[:0], B[:, :0], w2, 0.5)).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w2": torch.zeros(15).double()}, r"w2: expected shape \[16\], got \[15\]"),
+        ({"w2": torch.zeros(16)}, "w2: expected dtype Double, got Float"),
+        ({"B": torch.zeros(16, 5)}, r"B: expected shape \[16, 4\], got \[16, 5\]"),
+        ({"A": torch.zeros(4)}, r"A and B: expected shapes \[r, in\] and \[out, r\], got \[4\] and \[16, 4\]"),
+        ({"weight": torch.zeros(16, 63)}, r"weight: expected shape \[16, 64\], got \[16, 63\]"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else ",".join(v),
+)
+def test_bad_arguments_are_named(change, message):
+    tensors = {"weight": torch.zeros(16, 64), "A": torch.zeros(4, 64), "B": torch.zeros(16, 4), "w2": torch.zeros(16)}
+    t = {**tensors, "w2": tensors["w2"].double(), **change}
+    with pytest.raises(RuntimeError, match=message):
+        ops.dora_norm(t["weight"], None, None, None, 64, t["A"], t["B"], t["w2"], 1.0)

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../dora_norm.h"
 #include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
@@ -27,6 +28,9 @@ cudaError_t launch_quantize_nf4(const QuantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream);
 cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
+
+cudaError_t launch_squared_row_norms(const SquaredRowNorms& args, cudaStream_t stream);
+cudaError_t launch_dora_norm(const DoraNorm& args, cudaStream_t stream);
 
 cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
 

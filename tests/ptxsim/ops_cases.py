@@ -18,6 +18,7 @@ from peftkern import reference
 
 from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
+from .dora_cases import dora_builders, dora_cases, dora_scheduled
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
     BF16,
@@ -296,7 +297,7 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_BUILDERS = {op: (multi_builders | allocation_builders).get(op) or globals()[f"_{op}"] for op in OPS}
+_BUILDERS = {op: (multi_builders | allocation_builders | dora_builders).get(op) or globals()[f"_{op}"] for op in OPS}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def _nf4_cases():
 CASES = [
     *_low_rank_cases(),
     *_nf4_cases(),
-    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases())),
+    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases(), dora_cases())),
 ]
 
 SCHEDULED = [
@@ -384,6 +385,9 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
-    *(case(op, **options) for op, options in itertools.chain(multi_scheduled(), allocation_scheduled())),
+    *(
+        case(op, **options)
+        for op, options in itertools.chain(multi_scheduled(), allocation_scheduled(), dora_scheduled())
+    ),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""
