@@ -145,7 +145,7 @@ def adapter_bytes(trainee) -> int:
     return total + sum(t.nbytes for t in averages if t is not None)
 
 
-@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("r", [12, 16, 32, 64])
 def test_pruning_to_half_the_budget(compare, base, batches, r):
     masked, ids = ours(base, batches, r), batches[0]
     masked.step()

@@ -2,6 +2,9 @@
 """SVD compression: the batched Jacobi kernel against torch.linalg.svd on the same cores, and compress() against the way
 it is usually done, an SVD of the dense update B A of each layer."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -45,3 +48,23 @@ def test_compress(compare, fan_out, fan_in, r, layers):
         torch.testing.assert_close(new[f"{i}.lora_B.weight"] @ new[f"{i}.lora_A.weight"], B @ A, rtol=1e-3, atol=1e-3)
     providers = {"peftkern": lambda: peftkern.compress(tensors, rank=r // 2), "SVD of B A, fp32": dense}
     compare(f"compress {layers} layers {fan_out}x{fan_in}, r={r}", providers, seconds=1.0, rounds=(3, 30))
+
+
+PEAK = """
+import resource, torch, peftkern
+size, r = 32768, 16
+adapter = {"x.lora_A.weight": torch.randn(r, size), "x.lora_B.weight": torch.randn(size, r)}
+small = {"x.lora_A.weight": torch.randn(2, 64), "x.lora_B.weight": torch.randn(64, 2)}
+peftkern.compress(small, rank=1)  # what libraries take once is not counted
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peftkern.compress(adapter, rank=8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, adapter["x.lora_A.weight"].nbytes * 2 // 1024)
+"""
+
+
+def test_peak_memory():
+    """A layer of 32768 x 32768, whose dense update would take 4 GiB in float32, in a process of its own."""
+    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    peak, factors = (int(n) / 1024 for n in out.split()[-2:])
+    print(f"\ncompress 32768x32768, r=16: {peak:.0f} MiB above the {factors:.0f} MiB of the factors; B A has 4096 MiB")
+    assert 0 < peak < 20 * factors

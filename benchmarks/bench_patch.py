@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HF PEFT models as they are against the same models patched: a training step of SmolLM2-135M, and a batch of 8 rows
-over 8 adapters."""
+"""HF PEFT models as they are against the same models patched: a training step of SmolLM2-135M, AdaLoRA's rank
+allocation, and a batch of 8 rows over 8 adapters. There the base model alone is a provider too: PEFT's time over its
+time is the most that faster adapters can gain."""
 
 import copy
 
@@ -38,11 +39,40 @@ def test_patched_step(compare, smollm2, batches, method):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("length", [1, 64])
+def test_rank_allocation(compare, smollm2):
+    """update_and_allocate with an allocation a step, on gradients that are there already."""
+    config = peft.AdaLoraConfig(
+        init_r=12, target_r=8, tinit=1, tfinal=10, deltaT=1, total_step=1000, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(smollm2), config)
+    ours = peftkern.patch(copy.deepcopy(theirs))
+    steps = {}
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        steps[model] = iter(range(2, 990))
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn_like(p)
+
+    def step(model):
+        model.base_model.update_and_allocate(next(steps[model]))
+
+    step(ours), step(theirs)
+    assert ours.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
+    compare(
+        "SmolLM2-135M update_and_allocate, r = 12, patched",
+        {"peftkern": lambda: step(ours), "HF PEFT": lambda: step(theirs)},
+        seconds=10.0, rounds=(5, 60),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 64, 256])
 def test_mixed_batch(compare, smollm2, batches, length):
     base = copy.deepcopy(smollm2)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     names = [f"adapter{i}" for i in range(8)]
+    alone = copy.deepcopy(base)
     theirs = peft.get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
         theirs.add_adapter(name, config)
@@ -71,6 +101,7 @@ def test_mixed_batch(compare, smollm2, batches, length):
             "peftkern": lambda: call(ours, adapter_names=names),
             "HF PEFT": lambda: call(theirs, adapter_names=names),
             "peftkern, one adapter for all rows": lambda: call(ours),
+            "base model alone": lambda: call(alone),
         },
         seconds=10.0, rounds=(5, 40),
     )  # fmt: skip

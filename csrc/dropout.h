@@ -50,6 +50,32 @@ PEFTKERN_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint64_t row, uint32_t ch
   return {{c0, c1, c2, c3}};
 }
 
+// The first rounds of a row, for code that takes many chunks of it at once: the chunk reaches one word in each of the
+// first two rounds, so that what the row alone decides is five numbers.
+//   round 0: c0 = chunk ^ a     round 1: c2 = hi(c0 * Mul0) ^ b, c3 = lo(c0 * Mul0)
+//   round 2: c0 = hi(c2 * Mul1) ^ c, c1 = lo(c2 * Mul1), c2 = c3 ^ d, c3 = e     then as above, from round 3 on
+struct PhiloxRow {
+  uint32_t a, b, c, d, e;
+  uint32_t key0, key1;  // of round 3
+};
+
+inline PhiloxRow philox_row(uint64_t seed, uint64_t row) {
+  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  const auto high = [](uint64_t p) { return static_cast<uint32_t>(p >> 32); };
+  const auto low = [](uint64_t p) { return static_cast<uint32_t>(p); };
+  const uint64_t p0 = static_cast<uint64_t>(kPhiloxMul0) * low(row),
+                 p1 = static_cast<uint64_t>(kPhiloxMul1) * high(row);
+  const uint64_t q1 = static_cast<uint64_t>(kPhiloxMul1) * (high(p0) ^ k1);
+  const uint64_t r0 = static_cast<uint64_t>(kPhiloxMul0) * (high(q1) ^ low(p1) ^ (k0 + kPhiloxKey0));
+  return {high(p1) ^ k0,
+          low(p0) ^ (k1 + kPhiloxKey1),
+          low(q1) ^ (k0 + 2 * kPhiloxKey0),
+          high(r0) ^ (k1 + 2 * kPhiloxKey1),
+          low(r0),
+          k0 + 3 * kPhiloxKey0,
+          k1 + 3 * kPhiloxKey1};
+}
+
 // Bit j of the result: is column 8 * chunk + j of this row kept?
 PEFTKERN_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold) {
   const PhiloxWords w = philox(seed, row, chunk);

@@ -15,6 +15,7 @@
 namespace peftkern {
 
 enum class DType : int32_t { f32, bf16, f16 };
+constexpr int kDTypes = 3;
 
 // 16-bit storage types. The arithmetic is always fp32; conversions live with the vector code of each backend.
 struct bf16_t {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the low-rank kernels compute, in raw pointers. Both backends implement these four, and everything in
 // peftkern/ops/adapted_linear.py is made of them and the products of csrc/products.h.
-// Torch-free. All matrices are dense and row-major; all sums are in fp32 and in an order that depends on neither the
-// number of threads nor the tiling of rows, so results are repeatable to the bit.
+// Torch-free. All matrices are dense and row-major; all sums are in fp32 and in an order that depends on the shape and
+// not on the number of threads, so results are repeatable to the bit.
 #pragma once
 #include "dropout.h"
 #include "dtypes.h"
@@ -24,7 +24,8 @@ struct LowRankDown {
   Factor factor;
   float alpha;
   Dropout dropout;
-  float* out;  // [rows, rank]
+  float* out;                  // [rows, rank]
+  float* workspace = nullptr;  // CUDA alone: [low_rank_down_workspace(...)]
 };
 
 // y = out_scale * (y + alpha * mask(u F)) + bias, in place          y0 + s * u B^T  and  dx = q W + mask * (dh A)
@@ -55,6 +56,7 @@ struct LowRankGrad {
   void* grad;  // [rank, columns] if rank_major, else [columns, rank]
   DType grad_dtype;
   bool rank_major;
+  float* workspace = nullptr;  // CUDA alone: [low_rank_grad_workspace(...)]
 };
 
 // out[c] = sum over rows of g[., c] * z[., c] (z null: of g)        dbias, dout_scale, and dlam with g = du, z = h

@@ -75,6 +75,10 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
   m.def(
       "update_importance_(Tensor[] A, Tensor[] E, Tensor[] B, Tensor?[] grad_A, Tensor?[] grad_E, Tensor?[] grad_B, "
       "Tensor(a!) sensitivity, Tensor(b!) uncertainty, float beta1, float beta2, Tensor? grad_scale) -> Tensor scores");
+  m.def(
+      "update_importance_table_(Tensor table, Tensor(a!) sensitivity, Tensor(b!) uncertainty, float beta1, float "
+      "beta2, "
+      "Tensor? grad_scale) -> Tensor scores");
   m.def("rank_mask(Tensor scores, int budget, bool exact) -> Tensor keep");
   m.def("mask_ranks_(Tensor(a!)[] E, Tensor keep) -> ()");
   m.def("orthogonality(Tensor[] A, Tensor[] B, bool squared) -> (Tensor value, Tensor deviations, Tensor norms)");

@@ -153,12 +153,12 @@ void low_rank_pass(const Backend& backend, const ForwardProduct& p, const Option
 }
 
 // Makes y of the base product that base(backend, p, bias) gives, and adds the low-rank part and what else there is in
-// one pass. The bias rides in the base product unless out_scale has to come between.
+// one pass. The bias rides in the base product unless that takes none, or out_scale has to come between.
 template <class Backend, class Base>
-Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base) {
-  const bool late_bias = p.terms.out_scale.has_value();
+Tensor with_low_rank(const Backend& backend, const ForwardProduct& p, const Base& base, bool takes_bias = true) {
+  const bool late_bias = p.bias && (p.terms.out_scale || !takes_bias);
   Tensor y = base(backend, p, late_bias ? std::nullopt : p.bias);
-  if (p.rows() && (p.u || late_bias || p.z)) {
+  if (p.rows() && (p.u || p.terms.out_scale || late_bias || p.z)) {
     low_rank_pass(backend, p, late_bias ? p.bias : std::nullopt, y, /*accumulate=*/true);
   }
   return y;

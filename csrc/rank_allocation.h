@@ -9,6 +9,7 @@
 //                         uncertainty = beta2 * uncertainty + (1 - beta2) * |i - sensitivity|    eq. 10, the new one
 //                         s = sensitivity * uncertainty                                      eq. 11
 //                       scores[j] = s(E[j]) + mean of s over row j of A + mean of s over column j of B     eq. 7
+//                       (the mean over nothing is 0: a process may have a part of a layer)
 //   RankMask            keep[j] = is score j above the threshold, over all layers
 //   MaskRanks           E[j] = 0 where keep[j] is 0
 //   Orthogonality       D = A A^T - I or B^T B - I of every factor, norm = ||D||_F; their mean or the sum of squares

@@ -109,20 +109,49 @@ struct TripletLayers {
       state = layers.back().state_end();
     }
   }
+
+  // table: int64 [10, layers] on the host: addresses of A, E, B and their gradients, which are believed, then the dtype
+  // (a DType), in, out and rank.
+  explicit TripletLayers(const Tensor& table) {
+    check_dtype(table, ScalarType::Long, "table");
+    PEFTKERN_CHECK(table.is_cpu() && table.is_contiguous(), "table: expected a contiguous tensor on the CPU");
+    PEFTKERN_CHECK(table.dim() == 2 && table.size(0) == 10, "table: expected shape [10, layers], got ",
+                   shape_string(table.sizes()));
+    const int64_t n = table.size(1);
+    const int64_t* values = static_cast<const int64_t*>(table.const_data_ptr());
+    layers.reserve(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      const auto value = [&](int64_t row) { return values[row * n + i]; };
+      const auto address = [&](int64_t row) { return reinterpret_cast<void*>(value(row)); };
+      PEFTKERN_CHECK(value(6) >= 0 && value(6) <= static_cast<int64_t>(DType::f16), "table: expected a DType, got ",
+                     value(6));
+      layers.push_back({.A = address(0),
+                        .E = address(1),
+                        .B = address(2),
+                        .grad_A = address(3),
+                        .grad_E = address(4),
+                        .grad_B = address(5),
+                        .dtype = static_cast<DType>(value(6)),
+                        .in = value(7),
+                        .out = value(8),
+                        .rank = value(9),
+                        .first = triplets,
+                        .state = state});
+      triplets += value(9);
+      state = layers.back().state_end();
+    }
+  }
 };
 
-// A, E, B: [rank, in], [rank, 1], [out, rank] of every layer, each gradient as its parameter or None. sensitivity,
-// uncertainty: float32, the state, updated. scores: float32 [sum of ranks].
+// sensitivity, uncertainty: float32, the state, updated. scores: float32 [sum of ranks].
 template <class Backend>
-Tensor update_importance(const Tensors& A, const Tensors& E, const Tensors& B, const OptionalTensors& grad_A,
-                         const OptionalTensors& grad_E, const OptionalTensors& grad_B, const Tensor& sensitivity,
-                         const Tensor& uncertainty, double beta1, double beta2, const OptionalTensor& grad_scale) {
-  const TripletLayers t(A, E, B, grad_A, grad_E, grad_B);
+Tensor update_importance(const TripletLayers& t, const Tensor& sensitivity, const Tensor& uncertainty, double beta1,
+                         double beta2, const OptionalTensor& grad_scale) {
   for (const auto& [buffer, name] : {std::pair(&sensitivity, "sensitivity"), std::pair(&uncertainty, "uncertainty")}) {
     check_dtype(*buffer, ScalarType::Float, name);
     check_shape(*buffer, {t.state}, name);
     PEFTKERN_CHECK(buffer->is_contiguous(), name, ": expected a contiguous tensor");
-    if (!A.empty()) check_device(*buffer, A[0], name, "A[0]");
+    check_device(*buffer, sensitivity, name, "sensitivity");
   }
   PEFTKERN_CHECK(beta1 >= 0.0 && beta1 < 1.0, "beta1: expected 0 <= beta1 < 1, got ", beta1);
   PEFTKERN_CHECK(beta2 >= 0.0 && beta2 < 1.0, "beta2: expected 0 <= beta2 < 1, got ", beta2);
@@ -146,6 +175,23 @@ Tensor update_importance(const Tensors& A, const Tensors& E, const Tensors& B, c
       .workspace = static_cast<float*>(workspace.mutable_data_ptr())};
   if (t.triplets) Backend(sensitivity).update_importance(args);
   return scores;
+}
+
+// A, E, B: [rank, in], [rank, 1], [out, rank] of every layer, each gradient as its parameter or None.
+template <class Backend>
+Tensor update_importance_lists(const Tensors& A, const Tensors& E, const Tensors& B, const OptionalTensors& grad_A,
+                               const OptionalTensors& grad_E, const OptionalTensors& grad_B, const Tensor& sensitivity,
+                               const Tensor& uncertainty, double beta1, double beta2,
+                               const OptionalTensor& grad_scale) {
+  if (!A.empty()) check_device(sensitivity, A[0], "sensitivity", "A[0]");
+  const TripletLayers layers(A, E, B, grad_A, grad_E, grad_B);
+  return update_importance<Backend>(layers, sensitivity, uncertainty, beta1, beta2, grad_scale);
+}
+
+template <class Backend>
+Tensor update_importance_table(const Tensor& table, const Tensor& sensitivity, const Tensor& uncertainty, double beta1,
+                               double beta2, const OptionalTensor& grad_scale) {
+  return update_importance<Backend>(TripletLayers(table), sensitivity, uncertainty, beta1, beta2, grad_scale);
 }
 
 // scores: float32 [triplets] -> keep: bool [triplets]

@@ -101,8 +101,16 @@ Function library_function(const char* library, const char* name) {
 using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
                                  double beta, double alpha);
 
+// By the C call: new_empty is boxed for the dispatcher, and a call makes up to seven of these.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 1 ? shape[i] : 1);
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {

@@ -90,11 +90,13 @@ inline OptionalTensor float_vector(const OptionalTensor& t) {
 // A result in its final shape. Not a view: autograd forbids users to modify a view that a Function returns in place, as
 // nn.ReLU(inplace=True) and `y += x` do.
 inline Tensor reshaped(const Tensor& t, const std::vector<int64_t>& shape) {
+  if (shape.size() == 2) return t;  // what as_rows made of it
   return call_aten("aten::_unsafe_view", "", t, shape);
 }
 
 // [..., n] as a dense matrix [rows, n], whatever of it is zero.
 inline Tensor as_rows(const Tensor& t) {
+  if (t.dim() == 2) return dense(t);
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
   return dense(torch::stable::reshape(t, std::vector<int64_t>{rows, t.size(t.dim() - 1)}));

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapt import adapted_layers, find_targets, replace_modules
 from .adapter_io import CONFIG_NAME, PREFIX, WEIGHTS_NAME, _read_config_file, _read_weights
-from .config import LoraConfig
+from .config import LoraConfig, check_only_adds
 from .modules import BaseWeight, NF4Linear
 from .modules.nf4_linear import check_is_linear
 from .ops import adapted_linear
@@ -438,6 +438,7 @@ class AdapterBank:
         path = folder / WEIGHTS_NAME
         try:
             config = _read_config_file(folder / CONFIG_NAME)
+            check_only_adds(config)
             if config.bias != "none":
                 raise ValueError(f'{folder / CONFIG_NAME}: bias: expected "none", got {config.bias!r}')
             if not path.exists():

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on disk in HF PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``, both directions.
 
-Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r]; of AdaLoRA ``.lora_A``,
-``.lora_E`` [r, 1] and ``.lora_B``, without the triplets that config.rank_pattern marks False; trained biases as PEFT
-names them. Saving writes temporary files and renames them; loading checks everything before it changes anything.
+Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r], with DoRA
+``.lora_magnitude_vector`` [out]; of embeddings ``.lora_embedding_A`` [r, num] and ``.lora_embedding_B`` [dim, r]; of
+AdaLoRA ``.lora_A``, ``.lora_E`` [r, 1] and ``.lora_B``, without the triplets that config.rank_pattern marks False;
+trained biases and modules_to_save as PEFT names them; with an adapter on a transformers model's ``embed_tokens`` or
+``lm_head`` their frozen weights too, ``.base_layer.weight``, as PEFT does. Saving writes temporary files and renames
+them; loading checks everything before it changes anything.
 """
 
 from __future__ import annotations
@@ -23,16 +26,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapt import adapt, adapted_layers, find_targets, trainable_biases
-from .config import AdaLoraConfig, LoraConfig, matches, read_config
+from .config import AdaLoraConfig, LoraConfig, matches, read_config, with_task_heads
 from .files import write_whole
-from .modules import AdaLoRALinear, AdaptedLinear, LoRALinear
+from .modules import AdaLoRALinear, AdaptedLinear, LoRAEmbedding, LoRALinear, TiedLoRALinear
 from .modules.adalora import rank_axis
+from .modules.adapted import features_of
 from .ops.library import FLOAT_DTYPES
+from .sharded_triplets import is_sharded
+from .whole_modules import find_saved_modules
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-ADAPTER_NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_E", ".lora_B")
+ADAPTER_NAMES = (
+    ".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_E", ".lora_B", ".lora_embedding_A", ".lora_embedding_B",
+    ".lora_magnitude_vector",
+)  # fmt: skip
+# Names of layers, in target_modules, with which HF PEFT saves the frozen weights of embedding and head too.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 Config = LoraConfig | AdaLoraConfig
 
 
@@ -47,15 +58,22 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     """
     model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
+    tensors |= _frozen_embeddings(model, config, dict(adapted_layers(model)))
+    sharded = any(is_sharded(t) for t in tensors.values())
     if isinstance(config, AdaLoraConfig):
         tensors, config = _sliced(model, tensors, config, drop_masked)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    sharded = any(_is_sharded(t) for t in tensors.values())
     contiguous = {name: _whole(t.detach()).cpu().contiguous() for name, t in tensors.items()}
+    seen: set[int] = set()
+    for name, t in contiguous.items():  # safetensors refuses two names for one memory: those of a tied weight
+        if t.data_ptr() in seen:
+            contiguous[name] = t.clone()
+        seen.add(t.data_ptr())
     if config.target_modules == "all-linear":  # as HF PEFT does, for readers that know names only
         config = replace(config, target_modules=exact_targets(model, dict(adapted_layers(model))))
-    text = json.dumps(config.to_peft_dict(), indent=2, sort_keys=True) + "\n"
+    values = config.to_peft_dict() | {"fan_in_fan_out": _fan_in_fan_out(model)}
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     files = {
         folder / WEIGHTS_NAME: lambda path: save_file(contiguous, path, metadata={"format": "pt"}),
         folder / CONFIG_NAME: lambda path: path.write_text(text),
@@ -67,18 +85,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bo
     return folder
 
 
-def _is_sharded(t: Tensor) -> bool:
-    """A DTensor? Without importing torch.distributed.tensor, which takes longer than all of peftkern."""
-    return hasattr(t, "full_tensor")
-
-
 def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if _is_sharded(t) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def _copy_into(target: Tensor, source: Tensor) -> None:
     """Each process has read the whole source, and keeps its part of a sharded target."""
-    if _is_sharded(target):
+    if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         source = source.to(target.device, target.dtype)
@@ -90,14 +103,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that save_adapter or HF PEFT saved; adapts model first if it has none. Returns model.
 
     A model without adapters gets them in the dtype of the file; in one that has some, their dtype stays. AdaLoRA layers
-    take the ranks of the file.
+    take the ranks of the file. Modules that train as a whole keep their dtype.
 
     Raises FileNotFoundError for a missing file, ValueError, naming the file and what was expected, for a damaged one,
     for an option that is not supported and for tensors that do not fit, RuntimeError for a merged model. model is then
     unchanged.
     """
     folder = Path(directory)
-    config, tensors = _read_config_file(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
+    config, tensors = with_task_heads(_read_config_file(folder / CONFIG_NAME)), _read_weights(folder / WEIGHTS_NAME)
     wrapped, model = model, _unwrapped(model)
     layers = dict(adapted_layers(model))
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -105,11 +118,20 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         raise RuntimeError(f"{merged[0]}: expected an unmerged layer to load an adapter into; call unmerge() first")
     if layers:
         _check_method(layers, config, folder / CONFIG_NAME)
+        saved, own = find_saved_modules(model, config), find_saved_modules(model, _config_of(model))
+        if saved.keys() != own.keys():
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: modules_to_save: expected {sorted(own)}, which train in the model, got "
+                f"{sorted(saved)}"
+            )
         expected = {name: tuple(t.shape) for name, t in _adapter_tensors(model).items()}
         if isinstance(config, AdaLoraConfig):
             expected |= _shapes_of_layers(layers, config)
     else:
         expected = _shapes_after_adapt(model, config)
+    tensors = {name: t for name, t in tensors.items() if not _is_wrapper_bias(name)}
+    frozen = _frozen_embeddings(model, config, layers or find_targets(model, config))
+    expected |= {name: tuple(t.shape) for name, t in frozen.items() if name in tensors}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     _check_names_and_shapes(expected, got, folder / WEIGHTS_NAME)
     if not layers:
@@ -120,11 +142,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
                 layer.resize(config.present_in(name))
     scalings = _scalings(model, config) if isinstance(config, LoraConfig) else {}
     with torch.no_grad():
+        tied = tuple(f"{PREFIX}{name}." for name, layer in adapted_layers(model) if isinstance(layer, TiedLoRALinear))
         for name, target in _adapter_tensors(model).items():
+            if name.startswith(tied):
+                continue  # the same numbers as its embedding's
             if not layers and name.endswith(ADAPTER_NAMES):  # the file's dtype is the one the adapter was trained in
                 # a copy: what safetensors returns is the mapped file, which another program may overwrite
                 target.data = tensors[name].to(target.device, copy=True)
             else:
+                _copy_into(target, tensors[name])
+        for name, target in frozen.items():
+            if name in tensors:
                 _copy_into(target, tensors[name])
     for layer, (alpha, scaling) in scalings.items():
         layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
@@ -157,19 +185,21 @@ def _config_of(model: nn.Module) -> Config:
     if isinstance(first, AdaLoRALinear):
         return _adalora_config_of(model, first, layers)
     for name, layer in layers.items():
-        if layer.use_rslora != first.use_rslora:
-            raise RuntimeError(
-                f"{name}: expected use_rslora={first.use_rslora}, one value for all layers of an adapter"
-            )
+        for field in ("use_rslora", "use_dora"):
+            if getattr(layer, field) != getattr(first, field):
+                raise RuntimeError(
+                    f"{name}: expected {field}={getattr(first, field)}, one value for all layers of an adapter"
+                )
     # "^": the pattern means this layer alone, and not another whose name ends so
     return LoraConfig(
         r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, use_rslora=first.use_rslora,
-        target_modules=exact_targets(model, layers),
+        use_dora=first.use_dora, target_modules=exact_targets(model, layers),
         rank_pattern={f"^{re.escape(name)}": m.r for name, m in layers.items() if m.r != first.r},
         alpha_pattern={
             f"^{re.escape(name)}": m.lora_alpha for name, m in layers.items() if m.lora_alpha != first.lora_alpha
         },
         bias="lora_only" if any(m.bias is not None and m.bias.requires_grad for m in layers.values()) else "none",
+        ensure_weight_tying=any(isinstance(m, TiedLoRALinear) for m in layers.values()),
     )  # fmt: skip
 
 
@@ -197,15 +227,16 @@ def _sliced(
     """
     tensors, pattern = dict(tensors), {}
     layers = dict(adapted_layers(model))
-    drop_masked = drop_masked and any(bool(layer.lora_E.any()) for layer in layers.values())
+    E = {name: _whole(layer.lora_E.detach()) for name, layer in layers.items()}
+    drop_masked = drop_masked and any(bool(e.any()) for e in E.values())
     for name, layer in layers.items():
-        keep = (layer.lora_E.detach() != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
+        keep = (E[name] != 0).view(-1) if drop_masked else torch.ones(layer.r, dtype=torch.bool)
         kept = iter(keep.tolist())
         pattern[f"{name}.lora_E"] = [was and next(kept) for was in layer.present]
         if not bool(keep.all()):
             for parameter in layer.adapter_parameters():
                 key = f"{PREFIX}{name}.{parameter}"
-                tensors[key] = tensors[key].index_select(rank_axis(parameter), keep.nonzero().view(-1))
+                tensors[key] = _whole(tensors[key]).index_select(rank_axis(parameter), keep.nonzero().view(-1))
     whole = all(all(present) for present in pattern.values())
     return tensors, replace(config, rank_pattern=None if whole else pattern)
 
@@ -228,11 +259,50 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in layers.items():
         if not isinstance(layer, kind):
             raise RuntimeError(f"{name}: expected {_article(kind)}, got {type(layer).__name__}")
-        suffix = ".weight" if kind is LoRALinear else ""
         for parameter, t in layer.adapter_parameters().items():
-            tensors[f"{PREFIX}{name}.{parameter}{suffix}"] = t
-    biases = trainable_biases(model, _config_of(model).bias, layers)
-    return tensors | {PREFIX + name: bias for name, bias in biases.items()}
+            tensors[f"{PREFIX}{name}.{parameter}{layer.file_suffixes.get(parameter, '')}"] = t
+    config = _config_of(model)
+    return tensors | _trained_tensors(model, config, layers)
+
+
+def _trained_tensors(model: nn.Module, config: Config, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What trains beside the adapters of layers: biases, and whole modules."""
+    tensors: dict[str, Tensor] = dict(trainable_biases(model, config.bias, layers))
+    for name, module in find_saved_modules(model, config).items():
+        tensors |= {f"{name}.{leaf}": t for leaf, t in module.state_dict(keep_vars=True).items()}
+    return {PREFIX + name: t for name, t in tensors.items()}
+
+
+def _frozen_embeddings(model: nn.Module, config: Config, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The frozen weights that HF PEFT saves with an adapter on embedding or head. layers: those that have an adapter
+    or are to get one."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        named = (name for name, _ in model.named_modules() if name.rpartition(".")[2] in EMBEDDING_NAMES)
+        asked = targets != "all-linear" and any(matches(name, targets) for name in named)
+    else:
+        asked = any(name in targets for name in EMBEDDING_NAMES)
+    if not asked or not hasattr(model, "get_input_embeddings"):
+        return {}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {name: layer for name, layer in layers.items() if any(layer is end for end in ends)}
+    return {
+        f"{PREFIX}{name}.base_layer.{leaf}": t
+        for name, layer in found.items()
+        for leaf, t in layer.state_dict(keep_vars=True).items()  # of a merged layer the unmerged weight
+        if not leaf.startswith("lora_")
+    }
+
+
+def _is_wrapper_bias(name: str) -> bool:
+    """With bias="all" HF PEFT also saves the biases of the two copies that it makes of a module to save."""
+    return name.endswith(".bias") and (".original_module." in name or ".modules_to_save." in name)
+
+
+def _fan_in_fan_out(model: nn.Module) -> bool:
+    """As HF PEFT leaves it: what holds for the last layer that is linear."""
+    linear = [layer for _, layer in adapted_layers(model) if not isinstance(layer, LoRAEmbedding)]
+    return bool(linear) and linear[-1].fan_in_fan_out
 
 
 def _article(kind: type) -> str:
@@ -248,6 +318,9 @@ def _check_method(layers: Mapping[str, AdaptedLinear], config: Config, path: Pat
                 f"{path}: expected peft_type {method}, as {name} is {_article(type(layer))}, got an adapter for "
                 f"{kind.__name__}"
             )
+        dora = getattr(config, "use_dora", False)
+        if layer.use_dora != dora:
+            raise ValueError(f"{path}: expected use_dora={layer.use_dora}, as {name} has it, got {dora}")
         if isinstance(layer, AdaLoRALinear) and layer.init_r != config.init_r:
             raise ValueError(f"{path}: expected init_r {layer.init_r}, as in {name}, got {config.init_r}")
 
@@ -273,7 +346,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, it is truncated or damaged: {error}") from error
     for name, t in tensors.items():
-        if t.dtype not in FLOAT_DTYPES:
+        if t.dtype not in FLOAT_DTYPES and ".lora_" in name:  # a whole module may have buffers of integers
             raise ValueError(f"{path}: {name}: expected dtype float32, bfloat16 or float16, got {t.dtype}")
         if not bool(torch.isfinite(t).all()):
             raise ValueError(f"{path}: {name}: expected finite values, got NaN or infinity")
@@ -284,22 +357,26 @@ def _shapes_of_layers(layers: Mapping[str, nn.Module], config: Config) -> dict[s
     """The names and shapes of the adapter tensors of layers in a file with this config."""
     expected: dict[str, tuple[int, ...]] = {}
     adalora = isinstance(config, AdaLoraConfig)
-    suffix = "" if adalora else ".weight"
-    for name, linear in layers.items():
-        rank = config.rank_of(name)
-        expected[f"{PREFIX}{name}.lora_A{suffix}"] = (rank, linear.in_features)
-        expected[f"{PREFIX}{name}.lora_B{suffix}"] = (linear.out_features, rank)
+    for name, layer in layers.items():
+        key, rank = PREFIX + name, config.rank_of(name)
+        in_features, out_features = features_of(layer)
+        if isinstance(layer, nn.Embedding):
+            A, B = "lora_embedding_A", "lora_embedding_B"
+        else:
+            A, B = ("lora_A", "lora_B") if adalora else ("lora_A.weight", "lora_B.weight")
+        expected[f"{key}.{A}"], expected[f"{key}.{B}"] = (rank, in_features), (out_features, rank)
         if adalora:
-            expected[f"{PREFIX}{name}.lora_E"] = (rank, 1)
+            expected[f"{key}.lora_E"] = (rank, 1)
+        elif config.use_dora:
+            expected[f"{key}.lora_magnitude_vector"] = (out_features,)
     return expected
 
 
 def _shapes_after_adapt(model: nn.Module, config: Config) -> dict[str, tuple[int, ...]]:
     """What _adapter_tensors would hold if model, which has no adapters, were adapted."""
     layers = find_targets(model, config)
-    expected = _shapes_of_layers(layers, config)
-    biases = trainable_biases(model, config.bias, layers)
-    return expected | {PREFIX + name: tuple(bias.shape) for name, bias in biases.items()}
+    trained = _trained_tensors(model, config, layers)
+    return _shapes_of_layers(layers, config) | {name: tuple(t.shape) for name, t in trained.items()}
 
 
 def _check_names_and_shapes(expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], path: Path) -> None:

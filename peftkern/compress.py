@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from . import adapter_io
 from .adapt import adapted_layers, plain_linear, replace_modules
 from .adapter_io import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from .config import LoraConfig, matches, read_config
+from .config import AdaLoraConfig, LoraConfig, check_only_adds, matches, read_config
 from .files import write_whole
-from .modules import AdaptedLinear, LoRALinear
+from .modules import AdaptedLinear, LoRAEmbedding, LoRALinear
+from .modules.adalora import adalora_scaling
 from .ops import jacobi_svd
 
 _CHUNK_BYTES = 1 << 28  # float64 matrices held at a time
@@ -111,7 +112,8 @@ def compress(
     adapter: a model with adapters, which is changed in place (its lora_A and lora_B are new parameters: make the
     optimizer afterwards); a folder that holds an adapter in HF PEFT's format, which is written anew to the folder
     ``output``; or a state dict of lora_A [r, in] and lora_B [out, r] by PEFT's names or ours, with its config (ours,
-    peft's, or the dict of an adapter_config.json) if the layers' scalings differ.
+    peft's, or the dict of an adapter_config.json) if the layers' scalings differ. What AdaLoRA trained becomes plain
+    LoRA, its lora_E [r, 1] folded in.
 
     Scalings, dtypes and everything else of the adapter stay. A layer of rank 0 becomes a plain linear layer, and is
     listed in exclude_modules; it keeps rank 1 if its bias trains, or if no other layer would be left. Singular values
@@ -236,7 +238,9 @@ class _Factors:
         return self.A.double(), B if self.lam is None else B * self.lam.double()
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A' [rank, in] and B' [out, rank]."""
+        """A' [rank, in] and B' [out, rank]; zeros of a layer that has lost every rank."""
+        if not self.A.shape[0]:
+            return self.A.new_zeros(rank, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], rank)
         A = self.mix[:rank] @ self.A.double()
         return A.to(self.A.dtype), self.left[:, :rank].contiguous()
 
@@ -246,6 +250,8 @@ def _decompose(layers: Iterable[_Factors]) -> None:
     chunk: list[_Factors] = []
     size = 0
     for layer in layers:
+        if not layer.A.shape[0]:
+            continue
         size += 8 * (2 * layer.B.numel() + layer.A.numel())
         if chunk and size > _CHUNK_BYTES:
             _decompose_chunk(chunk)
@@ -319,7 +325,7 @@ def _factors_of(name: str, layer: AdaptedLinear) -> _Factors:
         raise RuntimeError(f"{name}: expected an unmerged layer, got a merged one; call unmerge() first")
     terms = {key: value for key, value in layer.terms().items() if value is not None and key != "dropout_p"}
     extra = terms.keys() - {"A", "B", "lam", "scaling"}
-    if extra or not {"A", "B"} <= terms.keys():
+    if extra or not {"A", "B"} <= terms.keys() or isinstance(layer, LoRAEmbedding):
         raise ValueError(f"{name}: expected a layer that adds s B A to its weight, got a {type(layer).__name__}")
     for part in ("A", "B", "lam"):
         if part in terms and not bool(terms[part].isfinite().all()):
@@ -332,6 +338,7 @@ def _lora_layer(layer: AdaptedLinear, config: LoraConfig) -> LoRALinear:
     """A LoRALinear on the base of a layer of another method, still without its factors."""
     new = LoRALinear.__new__(LoRALinear)
     AdaptedLinear.__init__(new, layer.in_features, layer.out_features)
+    new.fan_in_fan_out = layer.fan_in_fan_out
     new.set_base_weight(layer.base_weight())
     new.bias, new.lora_dropout = layer.bias, getattr(layer, "lora_dropout", config.lora_dropout)
     return new.train(layer.training)
@@ -341,14 +348,17 @@ def _compress_folder(source: Path, output: Path, goal: _Goal) -> Compression:
     config = adapter_io._read_config_file(source / CONFIG_NAME)
     tensors = adapter_io._read_weights(source / WEIGHTS_NAME)
     result = _compress_tensors(tensors, config, goal, str(source / WEIGHTS_NAME))
-    changed = result.config.to_peft_dict()
-    values = json.loads((source / CONFIG_NAME).read_text())
-    fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules")
-    text = json.dumps(values | {name: changed[name] for name in fields}, indent=2, sort_keys=True) + "\n"
+    values, new = result.config.to_peft_dict(), result.state_dict
+    if isinstance(config, AdaLoraConfig):  # in HF PEFT's files only LoRA's names end so
+        new = {f"{key}.weight" if key.endswith(("lora_A", "lora_B")) else key: t for key, t in new.items()}
+    else:
+        fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules")
+        values = json.loads((source / CONFIG_NAME).read_text()) | {name: values[name] for name in fields}
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     write_whole(
         {
-            output / WEIGHTS_NAME: lambda path: save_file(result.state_dict, path, metadata={"format": "pt"}),
+            output / WEIGHTS_NAME: lambda path: save_file(new, path, metadata={"format": "pt"}),
             output / CONFIG_NAME: lambda path: path.write_text(text),
         }
     )
@@ -356,53 +366,70 @@ def _compress_folder(source: Path, output: Path, goal: _Goal) -> Compression:
 
 
 def _compress_tensors(
-    tensors: Mapping[str, Tensor], config: LoraConfig | None, goal: _Goal, source: str
+    tensors: Mapping[str, Tensor], config: LoraConfig | AdaLoraConfig | None, goal: _Goal, source: str
 ) -> Compression:
-    keys = _adapter_keys(tensors, source)
-    scalings = LoraConfig(lora_alpha=1, r=1) if config is None else config
-    factors = {
-        name: _Factors(tensors[a], tensors[b], scalings.alpha_of(name) / _divisor(scalings, scalings.rank_of(name)))
-        for name, (a, b) in keys.items()
-    }
     if config is not None:
-        for name, (a, _) in keys.items():
+        try:
+            check_only_adds(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    keys = _adapter_keys(tensors, source)
+    factors = {
+        name: _Factors(
+            tensors[a], tensors[b], _scaling(config, name), None if e is None else tensors[e].reshape(-1)
+        )
+        for name, (a, b, e) in keys.items()
+    }  # fmt: skip
+    if config is not None:
+        for name, (a, *_) in keys.items():
             if config.rank_of(name) != tensors[a].shape[0]:
                 raise ValueError(f"{source}: {a}: expected rank {config.rank_of(name)} as in its config, got "
                                  f"{list(tensors[a].shape)}")  # fmt: skip
     biased = {name for name in keys if any(key.endswith(f"{name}.base_layer.bias") for key in tensors)}
     _decompose(factors.values())
     ranks = _ranks(factors, goal, biased)
-    replaced = {key for pair in keys.values() for key in pair}
+    replaced = {key for group in keys.values() for key in group}
     new = {key: t for key, t in tensors.items() if key not in replaced}
-    for name, (a, b) in keys.items():
+    for name, (a, b, _) in keys.items():
         if ranks[name]:
             new[a], new[b] = factors[name].truncated(ranks[name])
     return Compression(
-        _report(factors, ranks), None if config is None else _new_config(config, factors, ranks), new
+        _report(factors, ranks), None if config is None else _new_config(_lora_config(config), factors, ranks), new
     )  # fmt: skip
 
 
-def _adapter_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[str, str]]:
-    """The keys of lora_A and lora_B of each layer."""
-    keys: dict[str, tuple[str, str]] = {}
+def _scaling(config: LoraConfig | AdaLoraConfig | None, name: str) -> float:
+    if config is None:
+        return 1.0
+    if isinstance(config, AdaLoraConfig):
+        return adalora_scaling(config.lora_alpha, config.init_r)
+    return config.alpha_of(name) / _divisor(config, config.rank_of(name))
+
+
+def _adapter_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[str, str, str | None]]:
+    """The keys of lora_A, lora_B and, of AdaLoRA, lora_E of each layer."""
+    keys: dict[str, tuple[str, str, str | None]] = {}
     for a in tensors:
         if "lora_" not in a:
             continue
         found = _A_KEY.fullmatch(a)
         if found is None:
-            partner = a.replace("lora_B", "lora_A", 1)
-            if "lora_B" not in a or _A_KEY.fullmatch(partner) is None or partner not in tensors:
+            partner = a.replace("lora_B", "lora_A", 1).replace("lora_E", "lora_A", 1)
+            if partner == a or _A_KEY.fullmatch(partner) is None or partner not in tensors:
                 raise ValueError(f"{source}: {a}: expected lora_A and lora_B of linear layers, in pairs, and no others")
             continue
-        b = a.replace("lora_A", "lora_B", 1)
-        A, B = tensors[a], tensors.get(b)
-        if B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or min(*A.shape, *B.shape) < 1:
+        b, e = a.replace("lora_A", "lora_B", 1), a.replace("lora_A", "lora_E", 1)
+        A, B, E = tensors[a], tensors.get(b), tensors.get(e)
+        fits = B is not None and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+        if not fits or min(A.shape[1], B.shape[0]) < 1 or (E is None and A.shape[0] < 1):
             got = "nothing" if B is None else f"{list(A.shape)} and {list(B.shape)}"
             raise ValueError(f"{source}: {a}: expected shapes [r, in] of it and [out, r] of {b}, got {got}")
-        for key in (a, b):
+        if E is not None and E.numel() != A.shape[0]:
+            raise ValueError(f"{source}: {e}: expected shape [{A.shape[0]}, 1], the rank of {a}, got {list(E.shape)}")
+        for key in (a, b) if E is None else (a, b, e):
             if tensors[key].dtype not in _FLOATS or not bool(tensors[key].isfinite().all()):
                 raise ValueError(f"{source}: {key}: expected finite floats, got {tensors[key].dtype} or NaN, infinity")
-        keys[found[1].removeprefix(PREFIX)] = (a, b)
+        keys[found[1].removeprefix(PREFIX)] = (a, b, None if E is None else e)
     if not keys:
         raise ValueError(f"{source}: expected lora_A and lora_B of at least one layer, got {list(tensors)[:4]}")
     return keys
@@ -423,9 +450,13 @@ def _divisor(config: LoraConfig, rank: int) -> float:
 
 def _lora_config(config: Any) -> LoraConfig:
     """What a config of another method says about the model, as one of plain LoRA."""
+    check_only_adds(config)
     if type(config) is LoraConfig:
         return config
-    names = ("lora_dropout", "target_modules", "exclude_modules", "bias", "task_type", "base_model_name_or_path")
+    names = (
+        "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+        "bias", "task_type", "base_model_name_or_path",
+    )  # fmt: skip
     return LoraConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 

@@ -12,19 +12,29 @@ from typing import Any
 
 from .modules.adalora import check_adalora
 from .modules.lora import check_lora
+from .modules.starts import is_decomposition
 
 BIAS = ("none", "all", "lora_only")
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)
+}  # fmt: skip
 
 
 @dataclass
 class LoraConfig:
     """LoRA for a whole model.
 
-    r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as for LoRALinear.
+    r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: as for LoRALinear.
     target_modules: module names or name endings; a regular expression that has to match the whole name; or
         "all-linear", every linear layer but the output head.
     exclude_modules: the same, for layers to leave alone.
+    layers_to_transform, layers_pattern: of the layers that a list of endings in target_modules finds only those with
+        these numbers; the number is the first one in the name, or the one behind a name of layers_pattern.
+    modules_to_save: endings of names of modules that train as a whole and are saved with the adapter.
     rank_pattern, alpha_pattern: {name or ending or regular expression: r or lora_alpha} for layers that differ.
+    task_type: with "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the head trains as a whole, as one of modules_to_save.
+    ensure_weight_tying: what is asked for an embedding, or for the head tied to it, holds for both: one adapter, or one
+        weight that trains, so that they stay tied.
     bias: "none", "all" (all biases of the model train) or "lora_only" (those of the adapted layers).
     Raises ValueError naming the field.
     """
@@ -34,10 +44,15 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
     bias: str = "none"
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -51,8 +66,11 @@ class LoraConfig:
                 raise ValueError(f"{name}: expected a dict of pattern: value, got {value!r}")
             for pattern in value:
                 _check_pattern(name, pattern)
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
+        if self.ensure_weight_tying and self.use_dora:
+            raise ValueError("ensure_weight_tying: expected False with use_dora, whose magnitudes differ, got True")
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"rank_pattern[{name!r}]: expected an int >= 1, got {rank!r}")
@@ -81,8 +99,9 @@ class AdaLoraConfig:
     ranks; in between it falls as a cubic. deltaT: steps between two allocations.
     beta1, beta2: decay of the averages of sensitivity and uncertainty, each in (0, 1).
     orth_reg_weight: weight of ``peftkern.orthogonality(model)`` in the loss, which you add (docs/adalora.md).
-    lora_alpha, lora_dropout, init_lora_weights: as for AdaLoRALinear; target_modules, exclude_modules, bias: as for
-    LoraConfig. rank_pattern: of a saved adapter, {"<layer>.lora_E": which of the init_r triplets there are}.
+    lora_alpha, lora_dropout, init_lora_weights: as for AdaLoRALinear; target_modules, exclude_modules,
+    layers_to_transform, layers_pattern, modules_to_save, bias: as for LoraConfig.
+    rank_pattern: of a saved adapter, {"<layer>.lora_E": which of the init_r triplets there are}.
     Raises ValueError naming the field.
     """
 
@@ -99,6 +118,9 @@ class AdaLoraConfig:
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool = True
     rank_pattern: dict[str, list[bool]] | None = None
     bias: str = "none"
@@ -155,6 +177,22 @@ def _check_targets(config: LoraConfig | AdaLoraConfig) -> None:
             raise ValueError(f"{name}: expected a list of names or a pattern, got {value!r}")
         if isinstance(value, str):
             _check_pattern(name, value)
+    for name, kind in (("layers_to_transform", int), ("layers_pattern", str)):
+        value = getattr(config, name)
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(item, kind) or isinstance(item, bool):
+                raise ValueError(f"{name}: expected {kind.__name__} or a list of them, got {value!r}")
+            if kind is str:
+                _check_pattern(name, item)
+        if value is not None and isinstance(config.target_modules, str):
+            raise ValueError(f"{name}: expected None, as target_modules is a string, got {value!r}")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(
+            f"layers_to_transform: expected numbers for layers_pattern={config.layers_pattern!r}, got None"
+        )
+    saved = config.modules_to_save
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(v, str) and v for v in saved)):
+        raise ValueError(f"modules_to_save: expected a list of names, got {saved!r}")
     if config.bias not in BIAS:
         raise ValueError(f"bias: expected one of {BIAS}, got {config.bias!r}")
     if not config.target_modules:
@@ -177,11 +215,53 @@ def matches(name: str, patterns: str | list[str] | None) -> bool:
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
+def is_target(config: LoraConfig | AdaLoraConfig, name: str) -> bool:
+    """Does config ask for an adapter on the module of this name? HF PEFT's rule, but for "all-linear"."""
+    targets, numbers = config.target_modules, config.layers_to_transform
+    if is_excluded(config, name) or not matches(name, targets):
+        return False
+    if isinstance(targets, str) or name in targets or numbers is None or numbers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # Lazy: the first number, not that of an expert inside the layer.
+    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or []] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next(filter(None, (re.match(rule, name) for rule in rules)), None)
+    return found is not None and int(found[1]) in (numbers if isinstance(numbers, list) else [numbers])
+
+
+def is_excluded(config: LoraConfig | AdaLoraConfig, name: str) -> bool:
+    """Left alone, or inside a module that trains as a whole."""
+    saved = config.modules_to_save or []
+    return matches(name, config.exclude_modules) or any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved)
+
+
+def check_only_adds(config: LoraConfig | AdaLoraConfig) -> None:
+    """Raises ValueError unless an adapter with config adds low-rank products to the weights of the base model, and does
+    nothing else to them."""
+    if getattr(config, "use_dora", False):
+        raise ValueError("use_dora: expected False; what DoRA changes in a weight is not of low rank")
+    if is_decomposition(config.init_lora_weights):
+        raise ValueError(
+            "init_lora_weights: expected a start that leaves the weights as they are, got "
+            f"{config.init_lora_weights!r}; HF PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) "
+            "makes a plain adapter of it"
+        )
+
+
+def with_task_heads(config: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
+    """config with the heads that HF PEFT adds to modules_to_save for a task."""
+    saved = config.modules_to_save or []
+    heads = [name for name in TASK_HEADS.get(str(config.task_type), ()) if name not in saved]
+    return dataclasses.replace(config, modules_to_save=[*saved, *heads]) if heads else config
+
+
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if fits_pattern(pattern, name)), default)
+
+
+def fits_pattern(pattern: str, name: str) -> bool:
+    """Does a key of rank_pattern or alpha_pattern mean this layer? An ending, or a regular expression for one."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 # Fields of a PEFT config that say where it came from or how PEFT itself is to behave, not what is computed.
@@ -220,7 +300,7 @@ def read_config(config: Any) -> LoraConfig | AdaLoraConfig:
             "the type of the model"
         )
     ours = {name: value for name, value in values.items() if name in fields and value is not None}
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
         if isinstance(ours.get(name), (set, tuple)):
             ours[name] = sorted(ours[name])
     if "task_type" in ours:
@@ -241,4 +321,5 @@ def _harmless(kind: str, name: str) -> bool:
     """Options of a feature that is itself off: PEFT writes them with their defaults into every adapter_config.json."""
     if kind == "ADALORA" and name == "r":  # the field of LoraConfig, which AdaLoRA does not read
         return True
-    return name in {"megatron_core", "loftq_config", "qalora_group_size"}
+    # Whether a weight is [in, out] is seen in the layer; PEFT corrects a wrong value as well.
+    return name in {"megatron_core", "loftq_config", "qalora_group_size", "fan_in_fan_out"}

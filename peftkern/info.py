@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .autotune import timed_products
-from .modules import AdaptedLinear, BaseWeight
+from .modules import AdaptedLinear, BaseWeight, LoRAEmbedding
 from .ops.library import ops
-from .patch import explain_layer, is_peft_layer
+from .patch import explain_allocator, explain_layer, is_peft_layer
 
 PEERS = ("transformers", "peft", "bitsandbytes")
 
@@ -82,6 +82,8 @@ def explain(module: nn.Module) -> str:
     for name, layer in module.named_modules():
         if inside is not None and name.startswith(inside):
             continue
+        if (text := explain_allocator(layer)) is not None:
+            groups.setdefault(text, []).append(name)
         if is_peft_layer(layer):
             groups.setdefault(explain_layer(layer), []).append(name)
             inside = f"{name}." if name else ""
@@ -131,6 +133,11 @@ def _path(layer: BaseWeight) -> str:
         )
         if device == "cpu" and layer.in_features % layer.nf4_config.block_size == 0:
             base += "; a few rows: looked up inside a product of our own instead"
+    if isinstance(layer, LoRAEmbedding):
+        parts = [f"rows of a dense {dtype} weight looked up by torch"]
+        if not layer.merged:
+            parts.append(f"rank-{layer.r} rows of the adapter looked up, and multiplied, by torch")
+        return "; ".join(parts)
     parts = [kernels, base]
     if isinstance(layer, AdaptedLinear):
         parts.append(_adapter_path(layer))
@@ -146,7 +153,11 @@ def _adapter_path(layer: AdaptedLinear) -> str:
         return "no low-rank part"
     dtype = str(a.dtype).removeprefix("torch.")
     text = f"fused rank-{a.shape[0]} kernels on {dtype} adapters, float32 sums, no cast pass"
-    if terms.get("dropout_p"):
+    if terms.get("out_scale") is not None:
+        text += "; DoRA: the norms of the adapted rows made each call, without that matrix"
+        if terms.get("dropout_p"):
+            text += f"; dropout {terms['dropout_p']} of torch's, in two calls" if layer.training else ""
+    elif terms.get("dropout_p"):
         text += (
             f"; dropout {terms['dropout_p']} inside them, mask regenerated in backward"
             if layer.training

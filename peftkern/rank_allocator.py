@@ -16,7 +16,8 @@ from .config import AdaLoraConfig, LoraConfig, read_config
 from .modules import AdaLoRALinear, LoRALinear
 from .modules.adalora import rank_axis
 from .ops import mask_ranks, orthogonality_penalty, rank_mask, update_importance
-from .ops.rank_allocation import state_layout
+from .ops.rank_allocation import TripletTable, state_layout
+from .sharded_triplets import ShardedTriplets, is_sharded
 
 PRUNE = ("never", "final", "always")
 FORMS = ("peft", "paper")
@@ -33,7 +34,8 @@ class RankAllocator:
     optimizer state: once the ranks are final ("final"), or at every allocation ("always").
     exact: keep exactly the budget where scores are equal; False prunes all of them, as HF PEFT.
     process_group: the processes that train replicas of the model (default: all, if torch.distributed is initialised);
-    all take the scores of its first.
+    all take the scores of its first. Under FSDP2 the averages are sharded like the parameters: create the allocator
+    after fully_shard, with prune="never".
 
     A step that a GradScaler skips does not count. Layers whose lora_E is frozen are left alone; one that got no
     gradient counts as one with gradient zero. ``step`` counts optimizer steps from 1, ``budget`` is the current one.
@@ -141,17 +143,20 @@ class RankAllocator:
         if allocate:
             self._allocate(last=step == final)
         elif step > final and self.keep is not None and self.prune == "never":
-            mask_ranks(self._E, self.keep)
+            self._mask(self.keep)
 
     def _update(self, grad_scale: Tensor | None) -> None:
         if self.sensitivity is None or self.uncertainty is None:
             dtype = torch.promote_types(torch.float32, self._E[0].dtype)
             self.sensitivity = torch.zeros(self._state_size, dtype=dtype, device=self._E[0].device)
             self.uncertainty = torch.zeros_like(self.sensitivity)
+        betas = self.config.beta1, self.config.beta2
+        if self._shards is not None:
+            self.scores = self._shards.update(self.sensitivity, self.uncertainty, *betas, grad_scale)
+            return
         self.scores = update_importance(
-            self._A, self._E, self._B, self.sensitivity, self.uncertainty, self.config.beta1, self.config.beta2,
-            grad_scale,
-        )  # fmt: skip
+            self._A, self._E, self._B, self.sensitivity, self.uncertainty, *betas, grad_scale, self._table
+        )
 
     def _allocate(self, last: bool) -> None:
         assert self.scores is not None
@@ -159,11 +164,17 @@ class RankAllocator:
         if last:  # nothing is scored any more
             self.sensitivity = self.uncertainty = self.scores = None
         self.keep = keep
-        mask_ranks(self._E, keep)
+        self._mask(keep)
         if self.prune == "always" or (self.prune == "final" and last):
             pieces = keep.split([layer.r for layer in self.layers.values()])
             _remove_triplets(dict(zip(self.layers.values(), pieces, strict=True)), self.optimizer)
             self._follow_ranks()
+
+    def _mask(self, keep: Tensor) -> None:
+        if self._shards is not None:
+            self._shards.mask(keep)
+        else:
+            mask_ranks(self._E, keep)
 
     def _agreed(self, scores: Tensor) -> Tensor:
         """The first rank's scores. Replicas have the same gradients, but not the same sums on different processors."""
@@ -182,6 +193,14 @@ class RankAllocator:
         self._present = [list(m.present) for m in layers]
         self._slices, self._state_size = state_layout([(m.r, m.in_features, m.out_features) for m in layers])
         self._resizes = AdaLoRALinear.resizes
+        self._shards = None
+        if any(is_sharded(t) for t in (*self._A, *self._E, *self._B)):
+            if self.prune != "never":
+                raise ValueError(f'prune: expected "never" for a model that FSDP2 has sharded, got {self.prune!r}')
+            self._shards = ShardedTriplets(self._A, self._E, self._B)
+            self._state_size = self._shards.state_size
+        else:
+            self._table = TripletTable(self._A, self._E, self._B)
         devices = {str(t.device) for t in self._E}
         if len(devices) > 1:
             raise ValueError(f"model: expected all adapters on one device, got {sorted(devices)}")
@@ -310,7 +329,9 @@ def orthogonality(model: nn.Module, form: str = "peft") -> Tensor:
     layers = adalora_layers(model).values()
     if not layers:
         raise ValueError("model: expected one with AdaLoRALinear layers, got none")
-    return orthogonality_penalty([m.lora_A for m in layers], [m.lora_B for m in layers], squared=form == "paper")
+    A, B = ([t.full_tensor() if is_sharded(t) else t for t in factors]
+            for factors in ([m.lora_A for m in layers], [m.lora_B for m in layers]))  # fmt: skip
+    return orthogonality_penalty(A, B, squared=form == "paper")
 
 
 @torch.no_grad()
@@ -319,8 +340,8 @@ def prune_ranks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     fall with the rank; the outputs stay the same. Returns the rank of every layer.
 
     The parameters stay the same objects. Wrap the model in DistributedDataParallel afterwards, not before: it has
-    buffers of their sizes. Raises RuntimeError if every E is 0, as before the first step, if a layer is merged, or if
-    the optimizer keeps a state that cannot be cut; nothing is changed then.
+    buffers of their sizes. Raises RuntimeError if every E is 0, as before the first step, if a layer is merged or
+    sharded, or if the optimizer keeps a state that cannot be cut; nothing is changed then.
 
     >>> layer = AdaLoRALinear(16, 8, r=4)
     >>> layer.lora_E.data.copy_(torch.tensor([[1.0], [0.0], [2.0], [0.0]])).shape
@@ -329,6 +350,8 @@ def prune_ranks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     ({'': 2}, torch.Size([8, 2]))
     """
     layers = adalora_layers(model)
+    if any(is_sharded(p) for layer in layers.values() for p in layer.adapter_parameters().values()):
+        raise RuntimeError("model: expected whole parameters to remove triplets from, got ones FSDP2 has sharded")
     keep = {layer: (layer.lora_E != 0).view(-1) for layer in layers.values()}
     if not any(bool(k.any()) for k in keep.values()):
         raise RuntimeError("model: expected AdaLoRALinear layers of which some E is not 0, got none")
@@ -415,5 +438,5 @@ def _lora_config(model: nn.Module, config: AdaLoraConfig, ranks: Mapping[str, in
     return LoraConfig(
         r=r, lora_alpha=r, lora_dropout=config.lora_dropout, target_modules=exact_targets(model, ranks),
         rank_pattern=dict(pattern), alpha_pattern=dict(pattern), bias=config.bias, task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=config.base_model_name_or_path, modules_to_save=config.modules_to_save,
     )  # fmt: skip

@@ -137,6 +137,8 @@ SAMPLES = [
     Sample((2,), 128, 50, 6, BF16, NF4, dropout=0.1, **ALL),
     Sample((3,), 256, 9, 4, F16, NF4Config(128, double_quant=True), bias=True),
     Sample((2, 4), 64, 130, 8, BF16, NF4, BF16),
+    Sample((3,), 512, 70, 4, BF16, NF4, bias=True),  # long and narrow: a sum that CUDA splits
+    Sample((70,), 192, 150, 20, F16, NF4Config(32), BF16, out_scale=True),
     # ranks: none, zero, one, not a multiple of 8, above the widest register tile
     Sample((8,), 32, 24, None, bias=True),
     Sample((8,), 32, 24, None, BF16, NF4, bias=True),

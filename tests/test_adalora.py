@@ -136,9 +136,9 @@ def test_bad_fields_of_the_config(fields, message):
 
 
 def test_peft_options_that_change_the_result_are_refused(peft):
-    with pytest.raises(ValueError, match=r"config.layers_to_transform: expected its default"):
+    with pytest.raises(ValueError, match=r"config.trainable_token_indices: expected its default"):
         peftkern.adapt(
-            mlp(), peft.AdaLoraConfig(target_modules=["0"], total_step=9, layers_to_transform=[0])
+            mlp(), peft.AdaLoraConfig(target_modules=["0"], total_step=9, trainable_token_indices=[0])
         )  # fmt: skip
 
 

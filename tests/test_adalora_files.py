@@ -192,3 +192,55 @@ def test_to_lora_refuses_what_it_cannot_do():
     model[2].merge()
     with pytest.raises(RuntimeError, match=r"2: expected an unmerged layer"):
         peftkern.to_lora(model)
+
+
+# ---- compressed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT warns of layers without rank
+@pytest.mark.parametrize("steps", [3, 26])
+def test_compress_turns_peft_s_adalora_into_lora(peft, tmp_path, steps):
+    """E folded in, layers without rank left out; as a folder and as a state dict."""
+    theirs = train_peft(peft, steps, target_r=1)
+    x = torch.randn(5, 24)
+    theirs.save_pretrained(tmp_path / "a")
+    tensors, config = read(tmp_path / "a")
+    before = {name: tensors[f"base_model.model.{name}.lora_A"].shape[0] for name in ("0", "2", "4")}
+    assert (steps == 3) == (min(before.values()) == 6) and (steps == 3 or min(before.values()) == 0)
+    report = peftkern.compress(tmp_path / "a", energy=1.0, output=tmp_path / "b")
+    assert {name: layer.rank_before for name, layer in report.layers.items()} == before == {
+        name: layer.rank for name, layer in report.layers.items()
+    }  # fmt: skip
+    written, new = read(tmp_path / "b")
+    assert new["peft_type"] == "LORA" and all(key.endswith(".weight") for key in written)
+    assert len(written) == 2 * sum(r > 0 for r in before.values())
+    for loaded in (peft.PeftModel.from_pretrained(mlp(), tmp_path / "b"), peftkern.load_adapter(mlp(), tmp_path / "b")):
+        assert_close(loaded.eval()(x), theirs(x), torch.float32)
+    result = peftkern.compress(tensors, energy=1.0, config=config)
+    assert all(torch.equal(result.state_dict[key.removesuffix(".weight")], t) for key, t in written.items())
+    smaller = peftkern.compress(tmp_path / "a", budget=2, output=tmp_path / "c")
+    assert smaller.rank == 2 and smaller.discarded_energy > 0
+    assert smaller.discarded_energy == pytest.approx(
+        peftkern.compress(peftkern.load_adapter(mlp(), tmp_path / "a"), budget=2).discarded_energy, rel=1e-9
+    )
+
+
+def test_compress_of_a_model_with_a_layer_without_rank(tmp_path):
+    """Of our own files, with biases that train: their layer keeps rank 1, of zeros."""
+    model = adapted(bias="lora_only").eval()
+    for layer in adalora_layers(model).values():
+        randomized(layer)
+    model[0].lora_E.data.zero_()
+    peftkern.prune_ranks(model)
+    x = torch.randn(3, 24)
+    expected = model(x)
+    peftkern.save_adapter(model, tmp_path / "a")
+    report = peftkern.compress(tmp_path / "a", energy=1.0, output=tmp_path / "b")
+    assert (report.layers["0"].rank_before, report.layers["0"].rank) == (0, 1)
+    tensors, _ = read(tmp_path / "b")
+    assert not tensors["base_model.model.0.lora_A.weight"].any()
+    base = mlp()
+    assert_close(peftkern.load_adapter(base, tmp_path / "b").eval()(x), expected, torch.float32)
+    report = peftkern.compress(model, energy=1.0)
+    assert (report.layers["0"].rank_before, report.layers["0"].rank) == (0, 1)
+    assert_close(model(x), expected, torch.float32)

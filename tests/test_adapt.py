@@ -243,7 +243,8 @@ def test_tied_embeddings_survive_merging():
 def test_attention_projections_that_are_never_called():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     with pytest.raises(
-        ValueError, match=r"target_modules: expected linear layers that are called.*'attention\.out_proj'"
+        ValueError,
+        match=r"target_modules: expected linear layers and embeddings that are called.*'attention\.out_proj'",
     ):
         peftkern.adapt(model, LoraConfig(target_modules=["out_proj", "linear"]))
     peftkern.adapt(model, LoraConfig())
@@ -302,11 +303,13 @@ def test_targets_that_match_nothing(targets):
 
 def test_targets_that_are_no_linear_layers(llama):
     before = snapshot(llama)
-    for targets in (["embed_tokens", "q_proj"], ["self_attn", "q_proj"], r".*layers\.0.*"):
-        with pytest.raises(ValueError, match=r"target_modules: expected linear layers.*a (Embedding|Llama)"):
+    for targets in (["self_attn", "q_proj"], r".*layers\.0.*"):
+        with pytest.raises(ValueError, match=r"target_modules: expected linear layers and embeddings.*a Llama"):
             peftkern.adapt(llama, LoraConfig(target_modules=targets))
+    with pytest.raises(ValueError, match=r"target_modules: expected linear layers that.*a Embedding"):
+        peftkern.adapt(llama, peftkern.AdaLoraConfig(total_step=9, target_modules=["embed_tokens", "q_proj"]))
     assert unchanged(llama, before)
-    peftkern.adapt(llama, LoraConfig(target_modules=["embed_tokens", "q_proj"], exclude_modules=["embed_tokens"]))
+    peftkern.adapt(llama, LoraConfig(target_modules=["self_attn", "q_proj"], exclude_modules=["self_attn"]))
     assert len(adapted(llama)) == 2
 
 
@@ -319,15 +322,11 @@ def test_adapting_twice():
 
 
 UNSUPPORTED = {
-    "use_dora": {"use_dora": True},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
     "lora_bias": {"lora_bias": True},
-    "fan_in_fan_out": {"fan_in_fan_out": True},
-    "layers_to_transform": {"layers_to_transform": [1]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "layer_replication": {"layer_replication": [(0, 1)]},
     "target_parameters": {"target_parameters": ["mlp.gate_up_proj"]},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "init_lora_weights": {"init_lora_weights": "mica"},
 }
 
 

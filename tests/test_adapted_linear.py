@@ -188,6 +188,18 @@ def test_dropout_is_the_reference_mask(device, isa):
         assert_close(y, expected, F32)
 
 
+def test_bfloat16_results_round_to_the_nearest_even(device, isa):
+    """With x = A = 1 and W = 0 the op returns B in bfloat16: as torch rounds it, subnormals, infinities and NaN too."""
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    bits[:1024] &= 0x807FFFFF - 2**32  # subnormal
+    bits[1024:2048] = bits[1024:2048] & ~0xFFFF | 0x8000  # halfway between two
+    bits[2048:2052] = torch.tensor([0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF], dtype=torch.int32)
+    B = bits.view(torch.float32)[:, None].to(device)
+    one = torch.ones(1, 1, dtype=BF16, device=device)
+    y = peftkern.adapted_linear(one, torch.zeros(4096, 1, dtype=BF16, device=device), one, B)
+    torch.testing.assert_close(y[0], B[:, 0].to(BF16), rtol=0, atol=0, equal_nan=True)
+
+
 def test_dropout_statistics():
     keep = reference.dropout_mask(512, 4096, int(0.05 * 32768 + 0.5), 7)
     p = 1 - keep.double().mean().item()
@@ -235,9 +247,9 @@ def test_every_way_to_make_a_product_equals_the_reference(direction, name, isa):
             expected.backward(grad.double())
             assert_close(call.inputs()["x"].grad, leaves["x"].grad, sample.x, f"{sample}: dx", slack=2.0)
         taken += 1
-    if name == "nf4_tiles" and isa != "amx":
+    if (name == "nf4_tiles" and isa == "scalar") or name == "nf4_fused":
         assert not taken
-        pytest.skip("only amx makes products of tiles")
+        pytest.skip("scalar makes no products of tiles, and only CUDA fused ones")
     assert taken >= 3
 
 
@@ -263,16 +275,19 @@ def test_library_accumulate_rounds_the_smaller_term_once_more(dtype, weight):
         assert (error <= half * (low_rank + value.abs()) + 1e-5).all(), name
 
 
-TILE_SHAPES = [(3, 64, 37), (33, 1056, 300), (600, 2080, 530), (70, 4128, 50)]  # more than a block each way, ragged
+# (rows, in, out): more than a block and a panel of rows each way, all ragged, the output also odd
+TILE_SHAPES = [(3, 64, 37), (17, 96, 51), (33, 1056, 300), (130, 2080, 531), (1000, 96, 70), (70, 4128, 50)]
 
 
-@pytest.mark.skipif("amx" not in ops.cpu_isas(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("x_dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rows, fan_in, fan_out", TILE_SHAPES)
-def test_products_of_tiles(rows, fan_in, fan_out, threads):
+def test_products_of_tiles(rows, fan_in, fan_out, x_dtype, isa, threads):
     """The same bits for any number of threads, and the reference's values; weights that are not rows of blocks, too."""
+    if isa == "scalar":
+        pytest.skip("scalar makes no products of tiles")
     ops.set_product("forward", "nf4_tiles")
     ops.set_product("gradient", "nf4_tiles")
-    call = Sample((rows,), fan_in, fan_out, 5, BF16, NF4Config(64), dropout=0.1, bias=True).make()
+    call = Sample((rows,), fan_in, fan_out, 5, x_dtype, NF4Config(64), dropout=0.1, bias=True).make()
     results = []
     for n in (1, 2):
         threads(n)
@@ -283,8 +298,28 @@ def test_products_of_tiles(rows, fan_in, fan_out, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     expected, leaves = call.reference()
     expected.backward(torch.ones_like(expected))
-    assert_close(y, expected, BF16, "y")
-    assert_close(call.x.grad, leaves["x"].grad, BF16, "dx", slack=2.0)
+    assert_close(y, expected, x_dtype, "y")
+    assert_close(call.x.grad, leaves["x"].grad, x_dtype, "dx", slack=2.0)
+
+
+@pytest.mark.parametrize("way", ["nf4_tiles", "nf4_few_rows"])
+@pytest.mark.parametrize("absmax", [3e-37, 1.0], ids=str)
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+def test_looked_up_weights_are_the_dequantized_ones(way, absmax, block_size, isa):
+    """Scaled rows of the identity give the weight itself, to the bit, in blocks of any size, also where its table comes
+    close to subnormal values, which vdpbf16ps takes for zero."""
+    if way == "nf4_tiles" and isa == "scalar":
+        pytest.skip("scalar makes no products of tiles")
+    ops.set_product("forward", way)
+    q = peftkern.quantize_nf4(torch.randn(7, 4096).clamp(-1, 1) * absmax, block_size)
+    for dtype in (F32, BF16):
+        weight = peftkern.dequantize_nf4(q, dtype)
+        x = torch.zeros(8, 4096, dtype=dtype)
+        columns = torch.arange(8) * 500 + 3
+        x[torch.arange(8), columns] = 2.0 if absmax == 1.0 else 2.0**20
+        y = peftkern.nf4_linear(x, q)
+        expected = weight.T[columns].double() * x.max().double()
+        assert torch.equal(y.double(), expected), dtype
 
 
 def test_a_forced_product_is_not_silently_replaced():

@@ -149,3 +149,19 @@ def test_plots_of_one_kind_only(tmp_path):
     result = report.Result(small("lora"), timings, {}, 1e9, 1e6, 0.25, "memory")
     written = plots.write(tmp_path, report.environment(LIMITS), LIMITS, [result], report.table([result]))
     assert [p.name for p in written] == ["speed.png", "roofline.png", "bench.html"]
+
+
+def test_growth_of_a_sweep():
+    """Time over time beside size over size, sizes in order, each sweep by itself."""
+
+    def result(seconds: float, **sizes) -> report.Result:
+        timings = {providers.OURS: Timing(seconds, seconds, seconds, 5)}
+        return report.Result(small("lora", **sizes), timings, {}, 1e9, 1e6, 0.25, "memory")
+
+    results = [result(t, rows=m, sweep="M") for m, t in ((256, 2.1), (128, 1.0), (512, 4.2))]
+    results += [result(t, threads=n, sweep="threads") for n, t in ((1, 1.0), (2, 0.52))] + [result(9.0)]
+    name = "lora 128x64 bf16 r=4"
+    assert report.growth(results).splitlines() == [
+        f"growth with M, {name}: 128 -> 256: 2.10 for 2, 256 -> 512: 2.00 for 2",
+        f"growth with threads, {name.replace('lora', 'lora M=4')}: 1 -> 2: 0.52 for 2",
+    ]

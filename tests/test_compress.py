@@ -558,7 +558,12 @@ A, B = torch.randn(2, 5), torch.randn(6, 2)
             {"x.lora_embedding_A": A, "x.lora_embedding_B": B},
             "x.lora_embedding_A: expected lora_A and lora_B of linear",
         ),
-        ({"x.lora_A": A, "x.lora_E": A[:, :1], "x.lora_B": B}, "x.lora_E: expected lora_A and lora_B of linear"),
+        (
+            {"x.lora_A": A, "x.lora_E": A[:1, :1], "x.lora_B": B},
+            r"x.lora_E: expected shape \[2, 1\], the rank of x.lora",
+        ),
+        ({"x.lora_A": A, "x.lora_E": A[:, :1] / 0, "x.lora_B": B}, "x.lora_E: expected finite floats"),
+        ({"x.lora_E": A[:, :1]}, "x.lora_E: expected lora_A and lora_B of linear"),
     ],
 )
 def test_bad_tensors(tensors, message):

@@ -17,7 +17,7 @@ from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, autotune_on, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, QuantizeNf4
+from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, Nf4Forward, Nf4Matrix, QuantizeNf4
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -30,12 +30,13 @@ from ptxsim.ops_cases import (
     threshold_of,
 )
 from samples import NF4_SAMPLES, SAMPLES
-from test_rank_allocation import make_layers, new_state, replace_gradients
+from test_rank_allocation import as_parameters, make_layers, new_state, replace_gradients
 
 import peftkern
 from peftkern import reference
 from peftkern.ops import jacobi_svd, mask_ranks, multi_lora, orthogonality_penalty, rank_mask, update_importance
 from peftkern.ops.dora_norm import dora_norm
+from peftkern.ops.rank_allocation import TripletTable
 
 pytestmark = pytest.mark.slow
 
@@ -194,8 +195,24 @@ def test_quantize_a_block_below_the_smallest_divisor():
 # ---- the launchers ---------------------------------------------------------------------------------------------------
 
 
+def forward(block_size=64, columns=64, **options) -> Nf4Forward:
+    matrix = Nf4Matrix(out=8, block_size=block_size)
+    setattr(matrix, "in", columns)
+    return Nf4Forward(**dict(x_dtype=BF16, rows=2, weight=matrix, splits=1) | options)
+
+
 @pytest.mark.parametrize(
-    "args", [QuantizeNf4(block_size=48, n=64), DequantizeNf4(block_size=48, n=64), JacobiSvd(batch=1, n=1025)]
+    "args",
+    [
+        QuantizeNf4(block_size=48, n=64),
+        DequantizeNf4(block_size=48, n=64),
+        JacobiSvd(batch=1, n=1025),
+        forward(block_size=48),
+        forward(columns=96),
+        forward(x_dtype=F32),
+        forward(splits=0),
+        forward(x=8),
+    ],
 )
 def test_bad_sizes_are_refused(args):
     op = next(op for op, struct in OPS.items() if isinstance(args, struct))
@@ -265,6 +282,10 @@ def test_adapted_linear_on_simulated_kernels(sample):
     with package_on(device, [call.x, call.seed, *parts, *call.trainable.values()]):
         y, gradient = backward(call)
     assert device.launched or not y.numel() or (sample.r is None and isinstance(weight, torch.Tensor))
+    fused = isinstance(weight, peftkern.NF4Weight) and sample.x != torch.float32 and sample.fan_in % 64 == 0
+    assert any("nf4_forward_kernel" in name for name, *_ in device.launched) == bool(fused and y.numel())
+    fused &= sample.fan_out % 8 == 0
+    assert any("nf4_gradient_kernel" in name for name, *_ in device.launched) == bool(fused and y.numel())
     on_cpu = sample.make()
     expected_y, leaves = sample.make().reference()
     cpu_y, _ = backward(on_cpu)
@@ -372,21 +393,24 @@ def test_jacobi_svd_on_simulated_kernels(n):
     assert (got_U * signs - U).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("tabled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rank_allocation_on_simulated_kernels(dtype):
+def test_rank_allocation_on_simulated_kernels(dtype, tabled):
     """Two updates and a mask: averages and masks of the CPU bit for bit, scores within their sums' rounding."""
-    layers, results, scale = make_layers(dtype), [], torch.tensor([64.0])
+    layers, results, scale = as_parameters(make_layers(dtype)), [], torch.tensor([64.0])
+    table = TripletTable(*layers) if tabled else None
     for simulated in (False, True):
         device = Device("sm_80", host_memory=True)
         _, sensitivity, uncertainty = new_state(layers)
         E = [e.detach().clone() for e in layers[1]]
         for step in range(2):
             replace_gradients(layers, step)
-            layers[0][3].grad = layers[1][1].grad = layers[2][0].grad = None
+            if not tabled:
+                layers[0][3].grad = layers[1][1].grad = layers[2][0].grad = None
             grads = [t.grad for group in layers for t in group if t.grad is not None]
             tensors = [t for group in layers for t in group] + [*grads, sensitivity, uncertainty, scale]
             with package_on(device, tensors) if simulated else nullcontext():
-                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale)
+                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale, table)
         same_scores = results[0][2] if simulated else scores
         with package_on(device, [same_scores]) if simulated else nullcontext():
             masks = [rank_mask(same_scores, 70, exact) for exact in (False, True)]

@@ -20,13 +20,15 @@ from processes import leave_together
 from torch import nn
 
 import peftkern
-from peftkern import LoraConfig, NF4Config
+from peftkern import AdaLoraConfig, LoraConfig, NF4Config
+from peftkern.rank_allocator import adalora_layers
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch without gloo", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED, ROWS = 4, 2, 3  # optimizer steps; after how many a checkpoint is written; rows a share
+ADALORA_STEPS = 12
 SHARES = 6  # of ROWS rows in the global batch: 2 and 3 processes divide it
 
 
@@ -252,6 +254,54 @@ def case_load_adapter(folder):
     return report(model, [])
 
 
+def make_adalora() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(2)), nn.Linear(64, 8))
+    config = AdaLoraConfig(init_r=5, target_r=2, total_step=ADALORA_STEPS, tinit=1, tfinal=2)
+    return peftkern.adapt(model, config, quantize=NF4Config(32))
+
+
+def train_adalora(model) -> dict:
+    """With the orthogonality term; the mask after each step."""
+    optimizer = make_optimizer(model)
+    allocator, masks = peftkern.RankAllocator(model, optimizer=optimizer), []
+    optimizer.register_step_post_hook(lambda *_: masks.append(None if allocator.keep is None else allocator.keep.cpu()))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    curve = []
+    for step in range(ADALORA_STEPS):
+        x, target = (t.chunk(world)[rank] for t in batch(step))
+        loss = nn.functional.cross_entropy(model(x).float(), target)
+        (loss + 0.1 * peftkern.orthogonality(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        curve.append(mean.item() / world)
+    return {"masks": masks, "ranks": allocator.ranks(), **report(model, curve)}
+
+
+def case_adalora(folder):
+    model = shard(make_adalora(), mesh())
+    result = train_adalora(model)
+    peftkern.save_adapter(model, folder / f"adalora-{dist.get_world_size()}")
+    return result
+
+
+def case_adalora_refusals(folder):
+    model = shard(make_adalora(), mesh())
+    messages = []
+    for call in (
+        lambda: peftkern.RankAllocator(model, prune="final"),
+        lambda: peftkern.prune_ranks(model),
+        lambda: peftkern.RankAllocator(nn.ModuleList([model[0], make_adalora()[0]]), model.peftkern_config),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +327,8 @@ CASES = (
     "meta",
     "save_checkpoint",
     "accelerate",
+    "adalora",
+    "adalora_refusals",
 )
 
 
@@ -287,7 +339,7 @@ def two(folder):
 
 @pytest.fixture(scope="module")
 def three(folder, two):
-    return run(folder, 3, ("ddp", "fsdp", "mixed_precision", "resume_checkpoint", "load_adapter"))
+    return run(folder, 3, ("ddp", "fsdp", "mixed_precision", "resume_checkpoint", "load_adapter", "adalora"))
 
 
 def test_the_fsdp2_of_accelerate(two, alone):
@@ -316,6 +368,34 @@ def test_two_processes_train_as_one(two, alone, case):
 @pytest.mark.parametrize("case", ["ddp", "fsdp"])
 def test_three_processes_train_as_one(three, alone, case):
     assert_same_training(three, alone, case)
+
+
+@pytest.fixture(scope="module")
+def adalora_alone():
+    return train_adalora(make_adalora())
+
+
+@pytest.mark.parametrize("world", ["two", "three"])
+def test_adalora_allocates_as_one(request, adalora_alone, folder, world):
+    """Sharded A, E and B, 5 triplets over 2 and 3 processes: the masks of one process at every step."""
+    results = request.getfixturevalue(world)
+    assert_same_training(results, adalora_alone, "adalora", rtol=1e-4)
+    for result in results:
+        got, expected = result["adalora"]["masks"], adalora_alone["masks"]
+        assert len(got) == ADALORA_STEPS and sum(mask is not None for mask in got) >= ADALORA_STEPS - 1
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+        assert result["adalora"]["ranks"] == adalora_alone["ranks"]
+    loaded = peftkern.load_adapter(make_adalora(), folder / f"adalora-{dict(two=2, three=3)[world]}")
+    assert {name: layer.r for name, layer in adalora_layers(loaded).items()} == adalora_alone["ranks"]
+    assert sum(adalora_alone["ranks"].values()) == 2 * 7 and len(set(adalora_alone["ranks"].values())) > 1
+
+
+def test_what_adalora_refuses_of_a_sharded_model(two):
+    for messages in (result["adalora_refusals"] for result in two):
+        assert 'prune: expected "never"' in messages[0]
+        assert "got ones FSDP2 has sharded" in messages[1]
+        assert "expected every adapter sharded on axis 0 by one mesh" in messages[2]
 
 
 def test_resume_with_another_number_of_processes(three, alone):

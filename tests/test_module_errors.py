@@ -26,7 +26,7 @@ OPTIONS = [
     ({"lora_dropout": "0.1"}, "lora_dropout: expected 0 <= p < 1, got '0.1'"),
     ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number, got inf"),
     ({"lora_alpha": "16"}, "lora_alpha: expected a finite number, got '16'"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights: expected one of .*got 'pissa'"),
+    ({"init_lora_weights": "eva"}, "init_lora_weights: expected one of .*got 'eva'"),
     ({"init_lora_weights": None}, "init_lora_weights: expected one of .*got None"),
 ]
 options = pytest.mark.parametrize("option, message", OPTIONS, ids=str)

@@ -88,15 +88,18 @@ def assert_equal_results(got: dict, expected: dict, tolerance: float = 1e-6) -> 
     assert relative(gradients(got), gradients(expected)) <= tolerance
 
 
-def assert_equal_in_bf16(got: dict, expected: dict, exact: dict, ulps: int, slack: float = 1.25) -> None:
-    """ulps: of the output scale; 1 where PEFT rounds the sum once, as we do, more where it also rounds x A^T, what B
-    makes of it, and the scaling of that. And no further from the exact result than PEFT is."""
+def assert_equal_in_bf16(got: dict, expected: dict, exact: dict, once: bool, slack: float = 1.25) -> None:
+    """once: PEFT rounds the sum once, as we do: then one ulp of the output's scale between the two. Elsewhere it also
+    rounds x A^T, what B makes of it, and the scaling of that, and is itself further off: then float64 is the
+    measure, 1.6 ulp after all layers of the model (test_patch_bf16.py asks one of each alone)."""
     assert got["logits"].dtype == expected["logits"].dtype
     ulp = bf16_ulp(expected["logits"])
-    assert (got["logits"] - expected["logits"]).abs().max() <= ulps * ulp
-    rms = {n: (r["logits"].double() - exact["logits"]).square().mean().sqrt() for n, r in (("o", got), ("t", expected))}
-    assert rms["o"] <= 1.1 * rms["t"]
-    ours, theirs = (((gradients(r) - gradients(exact)).norm()) for r in (got, expected))
+    if once:
+        assert (got["logits"] - expected["logits"]).abs().max() <= ulp
+    ours, theirs = ((r["logits"].double() - exact["logits"]) / ulp for r in (got, expected))
+    assert ours.abs().max() <= max(1.6, theirs.abs().max())
+    assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
+    ours, theirs = ((gradients(r) - gradients(exact)).norm() for r in (got, expected))
     assert ours <= slack * theirs
 
 
@@ -151,7 +154,7 @@ def test_bf16_equals_peft(name, adapter_dtype, monkeypatch):
     got = run(model)
     assert not slow
     assert got["logits"].dtype == BF16
-    assert_equal_in_bf16(got, expected, exact, ulps=1 if adapter_dtype == "fp32 adapters" else 3, slack=1.6)
+    assert_equal_in_bf16(got, expected, exact, once=adapter_dtype == "fp32 adapters", slack=1.6)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32 base", "bf16 base"])
@@ -163,7 +166,7 @@ def test_autocast_equals_peft(name, dtype, monkeypatch):
     slow = fused_calls(model, monkeypatch)
     got = run(model, autocast=True)
     assert not slow
-    assert_equal_in_bf16(got, expected, exact, ulps=3)
+    assert_equal_in_bf16(got, expected, exact, once=False)
 
 
 @pytest.mark.parametrize("config", [lora, adalora])
@@ -326,7 +329,7 @@ def test_bitsandbytes_base(name, dtype, autocast, monkeypatch):
     if dtype == F32:
         assert_equal_results(got, expected)
     else:
-        assert_equal_in_bf16(got, expected, exact, ulps=3)
+        assert_equal_in_bf16(got, expected, exact, once=False)
     after = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     assert after.keys() == state.keys() and all(torch.equal(t, after[n]) for n, t in state.items())
 
@@ -346,6 +349,19 @@ def test_bitsandbytes_in_another_dtype_than_it_computes_in():
             peftkern.unpatch(module)
     got = run(model)
     assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+def test_bitsandbytes_with_a_code_book_of_its_own():
+    model = build(lora(), base=bnb_llama)
+    state = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.quant_state
+    peftkern.patch(model)
+    run(model)  # the plan is made with the usual book
+    other = copy.deepcopy(state)
+    other.code = state.code * 1.001
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.quant_state = other
+    assert "has a code book of its own" in peftkern.explain(model)
+    expected = run(peftkern.unpatch(copy.deepcopy(model)))
+    assert_equal_results(run(model), expected)
 
 
 # ---- mixed batches --------------------------------------------------------------------------------------------------
@@ -408,7 +424,7 @@ def test_mixed_batches(base, monkeypatch):
 def test_mixed_batches_in_bf16():
     model = several(BF16).eval()
     expected, exact = run_mixed(model), run_mixed(copy.deepcopy(model).double())
-    assert_equal_in_bf16(run_mixed(peftkern.patch(model)), expected, exact, ulps=1)
+    assert_equal_in_bf16(run_mixed(peftkern.patch(model)), expected, exact, once=True)
 
 
 def test_mixed_batches_in_training():

@@ -167,6 +167,43 @@ def test_adapters_come_and_go():
     assert "no active adapter" not in peftkern.explain(model)
 
 
+def test_modules_assigned_without_pefts_methods(monkeypatch):
+    """Straight into a layer's dictionaries, under plans that have been made."""
+    model = peftkern.patch(build(lora()))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    slow = fused_calls(model, monkeypatch)
+    run(model)
+
+    def same_as_peft():
+        assert_equal_results(run(model), run(peftkern.unpatch(copy.deepcopy(model))))
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    before = layer.lora_A["default"]
+    for new in (nn.Linear(32, 4, bias=False), nn.Linear(32, 4), Doubled(32, 4, bias=False)):
+        layer.lora_A["default"] = new
+        slow.clear()
+        run(model)
+        assert slow == ([] if type(new) is nn.Linear and new.bias is None else [layer])
+        same_as_peft()
+    layer.lora_A["default"] = before
+    layer.lora_dropout["default"] = nn.Dropout1d(0.0)
+    slow.clear()
+    run(model)
+    assert slow == [layer] and "a dropout of Dropout1d" in peftkern.explain(model)
+    layer.lora_dropout["default"] = nn.Identity()
+    for held in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        held["more"] = copy.deepcopy(held["default"])
+    layer.scaling["more"], layer.lora_bias["more"], layer.use_dora["more"] = 3.0, False, False
+    layer._active_adapter.append("more")  # in place, which set_adapter does not do
+    slow.clear()
+    y = layer(torch.ones(2, 32))
+    assert not slow
+    torch.testing.assert_close(y, peftkern.unpatch(copy.deepcopy(layer))(torch.ones(2, 32)))
+
+
 def test_hooks_run(monkeypatch):
     model = peftkern.patch(build(lora()))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj

@@ -9,11 +9,12 @@ import torch
 from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from peftkern import reference
 from peftkern.ops import mask_ranks, orthogonality_penalty, rank_mask, update_importance
 from peftkern.ops.library import ops
-from peftkern.ops.rank_allocation import state_layout
+from peftkern.ops.rank_allocation import TripletTable, state_layout
 
 # (r, in, out) of the layers of one call: the usual, ragged, rank 0, single elements, ranks above every register tile
 SHAPES = [(12, 64, 160), (3, 33, 37), (0, 8, 8), (1, 1, 1), (17, 515, 70), (100, 48, 72), (8, 2100, 1100), (5, 7, 3)]
@@ -139,6 +140,71 @@ def test_views_that_are_not_contiguous(isa):
     assert not views[0][0].is_contiguous() and not views[0][0].grad.is_contiguous()
     _, *state = new_state(layers)
     assert torch.equal(update_importance(*views, *state, 0.85, 0.85), plain)
+
+
+def as_parameters(layers):
+    """The same, as nn.Parameter."""
+    result = [[nn.Parameter(t.detach().clone()) for t in group] for group in layers]
+    for p, t in zip(chain(*result), chain(*layers), strict=True):
+        p.grad = t.grad
+    return result
+
+
+def no_gradient(layers):
+    layers[0][1].grad = layers[1][4].grad = None
+
+
+def gradient_of_columns(layers):
+    layers[0][4].grad = layers[0][4].grad.t().contiguous().t()
+
+
+def moved(layers):
+    layers[2][0].data = layers[2][0].detach() * 2
+
+
+def other_rank(layers):
+    for group, axis in zip(layers, (0, 0, 1), strict=True):
+        p = group[4]
+        grad, p.grad = p.grad.narrow(axis, 0, 9).contiguous(), None
+        p.data = p.detach().narrow(axis, 0, 9).contiguous()
+        p.grad = grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", [no_gradient, gradient_of_columns, moved, other_rank])
+def test_a_table_is_followed_or_left_out(device, dtype, change):
+    """Addresses instead of tensors give the same to the bit, and what has changed between two calls is noticed."""
+    results = []
+    for tabled in (False, True):
+        layers = as_parameters(make_layers(dtype, device))
+        table = TripletTable(*layers) if tabled else None
+        scores = []
+        for _ in range(2):
+            _, *state = new_state(layers, device)
+            scores += [update_importance(*layers, *state, 0.85, 0.7, None, table) for _ in range(2)] + state
+            if tabled:
+                expected_none = bool(scores[4:]) and change in (no_gradient, gradient_of_columns)
+                assert (table() is None) == expected_none
+            change(layers)
+        results.append(scores)
+    first, second = results[0][0], results[0][4]
+    assert torch.equal(first, second) == (change is gradient_of_columns)  # which changes the layout alone
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_table_has_to_fit_the_state():
+    layers = as_parameters(make_layers())
+    _, sensitivity, uncertainty = new_state(layers)
+    table = TripletTable(*layers)
+    with pytest.raises(RuntimeError, match=r"uncertainty: expected shape \[\d+\], got"):
+        update_importance(*layers, sensitivity, uncertainty[:-1], 0.85, 0.85, None, table)
+    for bad, message in (
+        (table().int(), "table: expected dtype Long"),
+        (table()[:9], r"table: expected shape \[10, layers\], got \[9, 8\]"),
+        (table().t().contiguous().t(), "table: expected a contiguous tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.update_importance_table_(bad, sensitivity, uncertainty, 0.85, 0.85, None)
 
 
 def test_padding_of_the_state_is_never_touched(isa):

@@ -64,7 +64,7 @@ def float64(monkeypatch, threads):
         assert not (training and dropout_p)
         return reference.adapted_linear(x, weight, A, B, lam=lam, bias=bias, scaling=scaling)
 
-    def update(A, E, B, sensitivity, uncertainty, beta1, beta2, grad_scale=None):
+    def update(A, E, B, sensitivity, uncertainty, beta1, beta2, grad_scale=None, table=None):
         slices, _ = peftkern.ops.rank_allocation.state_layout(
             [(*a.shape, b.shape[0]) for a, b in zip(A, B, strict=True)]
         )

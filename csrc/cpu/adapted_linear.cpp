@@ -23,7 +23,7 @@ using cpu::split;
 void CpuBackend::low_rank_down(const LowRankDown& a) const {
   const auto& k = kernels();
   const int64_t ld = k.padded_rank(a.rank);
-  std::vector<float> packed(static_cast<size_t>(round_up(a.columns, 2) * ld));
+  std::vector<float> packed(static_cast<size_t>(round_up(a.columns, cpu::kMaxLanes) * ld));
   split(a.columns, kColumnUnit, static_cast<double>(ld),
         [&](int64_t begin, int64_t end) { k.pack_down(a, packed.data(), begin, end); });
   split(a.rows, kRowUnit, static_cast<double>(a.columns * ld), [&](int64_t begin, int64_t end) {
@@ -35,7 +35,7 @@ void CpuBackend::low_rank_down(const LowRankDown& a) const {
 void CpuBackend::low_rank_up(const LowRankUp& a) const {
   const auto& k = kernels();
   const int64_t ld = round_up(a.columns, kColumnUnit);
-  std::vector<float> packed(static_cast<size_t>(a.rank * ld));
+  std::vector<float> packed(static_cast<size_t>(round_up(a.rank, cpu::kMaxLanes) * ld));
   split(ld, kColumnUnit, static_cast<double>(a.rank),
         [&](int64_t begin, int64_t end) { k.pack_up(a, packed.data(), ld, begin, end); });
   split(a.rows, kRowUnit, static_cast<double>(a.columns * (a.rank + 1)),

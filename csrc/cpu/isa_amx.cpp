@@ -22,8 +22,8 @@ const KernelTable& amx_kernels() {
   using namespace amx;
   static constexpr KernelTable table = [] {
     KernelTable t = bf16_kernel_table("amx");
-    t.nf4_forward = &kNf4Forward;
-    t.nf4_gradient = &kNf4Gradient;
+    t.nf4_forward[static_cast<int>(DType::bf16)] = &kNf4Forward;
+    t.nf4_gradient[static_cast<int>(DType::bf16)] = &kNf4Gradient;
     return t;
   }();
   return table;

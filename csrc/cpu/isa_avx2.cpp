@@ -14,11 +14,17 @@ namespace avx2 {
 #include "vec/avx2.h"
 
 #include "kernels/table.inl"
+
+#include "kernels/nf4_tiles.inl"
 }  // namespace avx2
 
 const KernelTable& avx2_kernels() {
   using namespace avx2;
-  static constexpr KernelTable table = kernel_table("avx2");
+  static constexpr KernelTable table = [] {
+    KernelTable t = kernel_table("avx2");
+    add_tiles(t);
+    return t;
+  }();
   return table;
 }
 

@@ -12,13 +12,20 @@
 namespace peftkern::cpu {
 namespace avx512 {
 #include "vec/avx512.h"
+inline __m256i to_bf16(F32 a) { return round_bits_to_bf16(a); }
 
 #include "kernels/table.inl"
+
+#include "kernels/nf4_tiles.inl"
 }  // namespace avx512
 
 const KernelTable& avx512_kernels() {
   using namespace avx512;
-  static constexpr KernelTable table = kernel_table("avx512");
+  static constexpr KernelTable table = [] {
+    KernelTable t = kernel_table("avx512");
+    add_tiles(t);
+    return t;
+  }();
   return table;
 }
 

@@ -26,22 +26,25 @@ constexpr int64_t kDoubleUnit = 8;  // fp64 elements to which jacobi_svd pads a 
 // 16 weights, and a product that follows streams them from memory anyway.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// A product made of tiles: x is packed first, then columns of y in whole units, each unit by one thread.
+// A product made of tiles: x is packed first, in panels of rows, then columns of y in whole units, each unit by one
+// thread.
 struct Nf4Tiles {
+  int64_t from_rows;  // on which it beats nf4_few_rows
+  int64_t (*panels)(const Nf4Product&);
   size_t (*packed_bytes)(const Nf4Product&);
-  size_t (*scratch_bytes)(const Nf4Product&);                                     // of a thread
-  void (*pack)(const Nf4Product&, void* packed_x, int64_t tile0, int64_t tile1);  // tiles of kTileUnit rows of x
+  size_t (*scratch_bytes)(const Nf4Product&);  // of a thread
+  void (*pack)(const Nf4Product&, void* packed_x, int64_t panel0, int64_t panel1);
   void (*columns)(const Nf4Product&, const void* packed_x, void* scratch, int64_t column0, int64_t column1);
 };
 
-constexpr int64_t kTileUnit = 16;        // rows of a packed tile
 constexpr int64_t kTileColumnUnit = 32;  // columns of y
 
 struct KernelTable {
   const char* name;
 
   // The factor as the kernel wants it, in fp32 unless the ISA has something better:
-  // down: [columns, padded_rank], zero padded;  up: [rank, padded_columns], zero padded.
+  // down: [columns, padded_rank];  up: [rank, padded_columns]. Zero padded; both with room for kMaxLanes rows at a
+  // time.
   int64_t (*padded_rank)(int64_t rank);
   void (*pack_down)(const LowRankDown&, float* packed, int64_t column0, int64_t column1);  // column0 even
   void (*pack_up)(const LowRankUp&, float* packed, int64_t padded_columns, int64_t column0, int64_t column1);
@@ -80,9 +83,9 @@ struct KernelTable {
   // scratch: [n + 1, n rounded up to kDoubleUnit]
   void (*jacobi_svd)(const JacobiSvd&, double* scratch, int64_t matrix0, int64_t matrix1);
 
-  // y = x W^T and y = x W for any number of rows of bf16; in % 32 == 0. Null where the ISA has no fast way.
-  const Nf4Tiles* nf4_forward;
-  const Nf4Tiles* nf4_gradient;
+  // y = x W^T and y = x W for any number of rows of each dtype; in % 32 == 0. Null where the ISA has no fast way.
+  const Nf4Tiles* nf4_forward[kDTypes];
+  const Nf4Tiles* nf4_gradient[kDTypes];
 };
 
 const KernelTable& kernels();  // of the chosen ISA (dispatch.cpp)

@@ -64,11 +64,11 @@ void CpuBackend::nf4_few_rows(const Nf4Product& a) const {
 }
 
 void CpuBackend::nf4_tiles(const Nf4Product& a, bool gradient) const {
-  const auto& k = gradient ? *kernels().nf4_gradient : *kernels().nf4_forward;
+  const auto& k = *(gradient ? kernels().nf4_gradient : kernels().nf4_forward)[static_cast<int>(a.x_dtype)];
   const int64_t columns = gradient ? a.in : a.out, depth = gradient ? a.out : a.in;
   const cpu::Buffer packed(k.packed_bytes(a));
-  const int64_t tile_work = std::max<int64_t>(1, cpu::kTileUnit * depth);
-  parallel_for(0, ceil_div(a.rows, cpu::kTileUnit), std::max<int64_t>(1, 2 * kElementsPerThread / tile_work),
+  const int64_t panels = k.panels(a), panel_work = std::max<int64_t>(1, ceil_div(a.rows, panels) * depth);
+  parallel_for(0, panels, std::max<int64_t>(1, 2 * kElementsPerThread / panel_work),
                [&](int64_t begin, int64_t end) { k.pack(a, packed.data(), begin, end); });
   const int64_t unit_work = std::max<int64_t>(1, cpu::kTileColumnUnit * depth);
   parallel_for(0, ceil_div(columns, cpu::kTileColumnUnit), std::max<int64_t>(1, kElementsPerThread / unit_work),

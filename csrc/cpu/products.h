@@ -32,9 +32,9 @@ inline Tensor tiles_base(const CpuBackend& backend, const ForwardProduct& p, con
 
 // Whole runs of 32 columns, so that none of them crosses a block.
 template <class Product>
-bool tiles_accept(const Product& p, const Tensor& x, const cpu::Nf4Tiles* tiles) {
+bool tiles_accept(const Product& p, const Tensor& x, const cpu::Nf4Tiles* const (&tiles)[kDTypes]) {
   const Terms& t = p.terms;
-  return tiles && t.absmax && x.scalar_type() == ScalarType::BFloat16 && p.rows() > 0 && t.out > 0 && t.in > 0 &&
+  return t.absmax && tiles[static_cast<int>(dtype_of(x, "x"))] && p.rows() > 0 && t.out > 0 && t.in > 0 &&
          t.in % cpu::kTileColumnUnit == 0;
 }
 
@@ -47,9 +47,22 @@ inline Tensor few_rows_base(const CpuBackend& backend, const ForwardProduct& p, 
   return y;
 }
 
-// Up to so many rows nf4_few_rows beats dequantizing for the library: 0.60 against 2.49 ms for 1 row of 4096 x 4096,
-// 2.3 against 3.0 for 8, 3.4 against 2.7 for 12; and tiles: 0.73 against 1.06 for 2 rows, but 1.5 against 1.1 for 4.
-inline int64_t few_rows(bool has_tiles) { return has_tiles ? 2 : 8; }
+// Measured on 2 cores of a Zen 4, 4096 x 4096, against the library's product of a weight dequantized first: bf16
+// forward 41 and 41 ms for 512 rows, 6.0 and 7.2 for 64, 2.3 and 3.6 for 16; its gradient 43 and 43 ms for 512
+// rows, 6.9 and 8.3 for 64; fp32 forward 83 and 102, gradient 85 and 100 for 512 rows. Without the bf16 dot product the
+// alternative is MKL's fp32, which is at its peak on other machines than AMD's.
+inline bool tiles_pay(const Tensor& x) {
+  const std::string isa = cpu::kernels().name;
+  return cpu::is_amd() || (x.scalar_type() == ScalarType::BFloat16 && (isa == "amx" || isa == "avx512bf16"));
+}
+
+// Up to so many rows nf4_few_rows can. Without tiles, where the library is the alternative, it pays up to 8: 2.3
+// against 3.0 ms for 8 rows of 4096 x 4096, 3.4 against 2.7 for 12 (Xeon).
+inline constexpr int64_t kMostFewRows = 32;
+inline int64_t few_rows(const ForwardProduct& p) {
+  const auto& tiles = cpu::kernels().nf4_forward;
+  return tiles_accept(p, p.x, tiles) && tiles_pay(p.x) ? tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows - 1 : 8;
+}
 
 inline Tensor onednn_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {
   return onednn_linear(p.x, p.terms.dense_weight(backend, p.x.scalar_type()), float_vector(bias));
@@ -60,12 +73,43 @@ bool onednn_accepts(const Product& p, const Tensor& x) {
   return x.scalar_type() == ScalarType::Float && p.rows() > 0 && p.terms.in > 0 && p.terms.out > 0 && has_onednn();
 }
 
-// F.linear in fp32 is MKL, which is slow on AMD. On 2 cores of a Zen 4, oneDNN against it: 81 against 108 ms for 512
-// rows of 4096 x 4096, 20 against 25 for 512 of 2048 x 2048, 3.1 against 7.8 for 4 of 4096 x 4096. q W of one row is
-// slower (6.0 against 3.0), and a call costs 10 us more.
+// F.linear in fp32 is MKL, which on AMD is slow, and whose small sums depend on the number of threads. On 2 cores of a
+// Zen 4, oneDNN against it: 81 against 108 ms for 512 rows of 4096 x 4096, 20 against 25 for 512 of 2048 x 2048, 3.1
+// against 7.8 for 4 of 4096 x 4096; q W of one row is slower (6.0 against 3.0), and a call costs 10 us more.
 template <class Product>
-bool onednn_pays(const Product& p, int64_t fewest_rows) {
-  return cpu::is_amd() && p.rows() >= fewest_rows && p.rows() * p.terms.in * p.terms.out >= 1 << 19;
+bool onednn_pays(const Product&) {
+  return cpu::is_amd();
+}
+
+// The product by the kernel of the low-rank one, with the weight as its factor: [out, in], or [in, out] if transposed.
+inline Tensor small_product(const CpuBackend& backend, const Tensor& x, const Tensor& weight, bool transposed) {
+  const int64_t columns = weight.size(transposed ? 0 : 1), rank = weight.size(transposed ? 1 : 0);
+  Tensor y = empty(x, {x.size(0), rank}, ScalarType::Float);
+  backend.low_rank_down({.x = x.const_data_ptr(),
+                         .x_dtype = DType::f32,
+                         .rows = x.size(0),
+                         .columns = columns,
+                         .rank = rank,
+                         .factor = factor(weight, !transposed, "weight"),
+                         .alpha = 1.0f,
+                         .dropout = {},
+                         .out = floats(y)});
+  return y;
+}
+
+inline Tensor small_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor&) {
+  return small_product(backend, p.x, dense(p.terms.dense_weight(backend, ScalarType::Float)), false);
+}
+
+template <class Product>
+bool small_accepts(const Product& p, const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float && p.rows() > 0 && p.terms.in > 0 && p.terms.out > 0;
+}
+
+// 4 rows of 64 x 64 take 16 us, with oneDNN 23, with MKL 12; the factor is repacked in each call, 1 to 2 ns a weight.
+template <class Product>
+bool small_pays(const Product& p) {
+  return cpu::is_amd() && p.terms.in * p.terms.out <= 1 << 13 && p.rows() <= 256;
 }
 
 // library_accumulate is behind library, so only autotune takes it: oneDNN reads y back as slowly as we do. 0.97 to 1.05
@@ -74,15 +118,19 @@ inline constexpr Way<CpuBackend, ForwardProduct> kCpuForward[] = {
     {"nf4_few_rows",
      [](const ForwardProduct& p) {
        const Terms& t = p.terms;
-       return t.absmax && p.rows() > 0 && p.rows() <= few_rows(tiles_accept(p, p.x, cpu::kernels().nf4_forward)) &&
-              t.in > 0 && t.in % t.block_size == 0;
+       return t.absmax && p.rows() > 0 && p.rows() <= kMostFewRows && t.in > 0 && t.in % t.block_size == 0;
      },
-     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, few_rows_base); }},
+     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, few_rows_base); },
+     [](const ForwardProduct& p) { return p.rows() <= few_rows(p); }},
     {"nf4_tiles", [](const ForwardProduct& p) { return tiles_accept(p, p.x, cpu::kernels().nf4_forward); },
-     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, tiles_base); }},
+     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, tiles_base); },
+     [](const ForwardProduct& p) { return tiles_pay(p.x); }},
+    {"small", [](const ForwardProduct& p) { return small_accepts(p, p.x); },
+     [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, small_base, false); },
+     small_pays<ForwardProduct>},
     {"onednn", [](const ForwardProduct& p) { return onednn_accepts(p, p.x); },
      [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, onednn_base); },
-     [](const ForwardProduct& p) { return onednn_pays(p, 1); }},
+     onednn_pays<ForwardProduct>},
     kLibraryForward<CpuBackend>,
     kLibraryAccumulateForward<CpuBackend>,
 };
@@ -94,13 +142,20 @@ inline constexpr Way<CpuBackend, GradientProduct> kCpuGradient[] = {
        Tensor dx = empty(p.q, {p.rows(), t.in}, p.q.scalar_type());
        backend.nf4_tiles(nf4_product(t, p.q, dense(t.weight), t.absmax->floats(backend), std::nullopt, dx), true);
        return add_low_rank(backend, p, dx);
-     }},
+     },
+     [](const GradientProduct& p) { return tiles_pay(p.q); }},
+    {"small", [](const GradientProduct& p) { return small_accepts(p, p.q); },
+     [](const CpuBackend& backend, const GradientProduct& p) {
+       const Tensor weight = dense(p.terms.dense_weight(backend, p.q.scalar_type()));
+       return add_low_rank(backend, p, small_product(backend, p.q, weight, true));
+     },
+     small_pays<GradientProduct>},
     {"onednn", [](const GradientProduct& p) { return onednn_accepts(p, p.q); },
      [](const CpuBackend& backend, const GradientProduct& p) {
        const Tensor weight = p.terms.dense_weight(backend, p.q.scalar_type());
        return add_low_rank(backend, p, onednn_linear(p.q, torch::stable::transpose(weight, 0, 1), std::nullopt));
      },
-     [](const GradientProduct& p) { return onednn_pays(p, 2); }},
+     onednn_pays<GradientProduct>},
     kLibraryGradient<CpuBackend>,
     kLibraryAccumulateGradient<CpuBackend>,
 };

@@ -8,6 +8,7 @@
 // Small arrays (one value per NF4 block), so these kernels are plain. One thread block takes the mean: that fixes the
 // order of summation without a workspace. In fp64, so that the order hardly matters to the fp32 result.
 #include "kernels.h"
+#include "nf4_table.cuh"
 #include "reduce.cuh"
 
 namespace peftkern {
@@ -17,9 +18,6 @@ constexpr int kAbsmaxThreads = 256;
 constexpr int kAbsmaxWarps = kAbsmaxThreads / 32;
 static_assert(kNestedBlockSize == 32 * kChunk, "a warp quantizes one block, a chunk per lane");
 static_assert(kAbsmaxThreads == 256, "a thread fills one entry of a table");
-
-// In global memory, where neighbouring threads read it in one request; the kernels copy it to shared memory.
-static __device__ const float kDynamicTable[256] = {PEFTKERN_DYNAMIC_CODES};
 
 __global__ void __launch_bounds__(kMeanThreads) absmax_mean_kernel(QuantizeAbsmax args) {
   __shared__ double partial[kMeanThreads / 32];

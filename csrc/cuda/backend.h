@@ -23,12 +23,21 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of the current device.
+inline int cuda_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  STD_TORCH_CHECK(known, "peftkern: no CUDA device tells its attributes");
+  return value;
+}
+
 class CudaBackend {
  public:
   static constexpr int64_t kScoreParts = peftkern::kScoreParts;
 
   explicit CudaBackend(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
+      : like_(tensor), guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
 
   // An uninitialised dense weight; torch's caching allocator makes this cheap.
   Tensor empty_weight(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) const {
@@ -45,9 +54,17 @@ class CudaBackend {
     return function;
   }
 
-  void low_rank_down(const LowRankDown& args) const { check(launch_low_rank_down(args, stream_), "low_rank_down"); }
+  void low_rank_down(LowRankDown args) const {
+    const Tensor workspace = floats(low_rank_down_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    check(launch_low_rank_down(args, stream_), "low_rank_down");
+  }
   void low_rank_up(const LowRankUp& args) const { check(launch_low_rank_up(args, stream_), "low_rank_up"); }
-  void low_rank_grad(const LowRankGrad& args) const { check(launch_low_rank_grad(args, stream_), "low_rank_grad"); }
+  void low_rank_grad(LowRankGrad args) const {
+    const Tensor workspace = floats(low_rank_grad_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    check(launch_low_rank_grad(args, stream_), "low_rank_grad");
+  }
   void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
 
   void check_ranks(const int32_t*, int64_t, int64_t) const {}  // they are on the device: kernels clamp them
@@ -66,6 +83,8 @@ class CudaBackend {
   void dequantize_nf4(const DequantizeNf4& args) const {
     check(launch_dequantize_nf4(args, stream_), "dequantize_nf4");
   }
+  void nf4_forward(const Nf4Forward& args) const { check(launch_nf4_forward(args, stream_), "nf4_forward"); }
+  void nf4_gradient(const Nf4Gradient& args) const { check(launch_nf4_gradient(args, stream_), "nf4_gradient"); }
   void quantize_absmax(const QuantizeAbsmax& args) const {
     check(launch_quantize_absmax(args, stream_), "quantize_absmax");
   }
@@ -91,11 +110,15 @@ class CudaBackend {
   }
 
  private:
+  // Uninitialised memory of the stream: torch's allocator hands it out again in the order of launches.
+  Tensor floats(int64_t n) const { return empty(like_, {n}, ScalarType::Float); }
+
   // STD_CUDA_CHECK would need libtorch_cuda, see above.
   static void check(cudaError_t error, const char* op) {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
   }
 
+  Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;  // restores the caller's device at the end
   cudaStream_t stream_;
 };

@@ -69,14 +69,36 @@ __device__ __forceinline__ uint64_t load_seed(const Dropout& dropout) {
   return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed);
 }
 
-// Zeroes the dropped columns of the chunk at (row, column). The factor 1 / (1 - p) of the others is dropout.scale,
-// which every caller folds into alpha.
-__device__ __forceinline__ void drop_chunk(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
-                                           float (&v)[kChunk]) {
-  if (dropout.threshold == 0) return;
-  const uint32_t keep = keep_bits(seed, row, static_cast<uint32_t>(column / kChunk), dropout.threshold);
+// keep_bits of dropout.h for the chunk at (row, column), as masks: the low half of mask[i] is all ones if column 2 i of
+// the chunk is kept, the high half if column 2 i + 1 is, else 0. Bit 15 of (lane | 0x8000) - threshold says "kept".
+__device__ __forceinline__ void keep_masks(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
+                                           uint32_t (&mask)[kChunk / 2]) {
+  const PhiloxWords words = philox(seed, row, static_cast<uint32_t>(column / kChunk));
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) v[j] = (keep >> j & 1) ? v[j] : 0.0f;
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const uint32_t kept = (words.word[i] | 0x80008000u) - dropout.threshold * 0x10001u;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask[i]) : "r"(kept));  // the sign of bytes 1, 1, 3, 3
+  }
+}
+
+// Zeroes the dropped columns of the chunk at (row, column), as fp32 or as they are stored. The factor 1 / (1 - p) of
+// the others is dropout.scale, which every caller folds into alpha.
+template <class T>
+__device__ __forceinline__ void drop_chunk(const Dropout& dropout, uint64_t seed, int64_t row, int64_t column,
+                                           T (&v)[kChunk]) {
+  if (dropout.threshold == 0) return;
+  uint32_t mask[kChunk / 2];
+  keep_masks(dropout, seed, row, column, mask);
+  uint32_t* words = reinterpret_cast<uint32_t*>(v);
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      words[i] &= mask[i];
+    } else {
+      words[2 * i] &= __byte_perm(mask[i], 0, 0x1010);
+      words[2 * i + 1] &= __byte_perm(mask[i], 0, 0x3232);
+    }
+  }
 }
 
 }  // namespace peftkern

@@ -10,9 +10,14 @@
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
 #include "../nf4.h"
+#include "../nf4_product.h"
 #include "../rank_allocation.h"
 
 namespace peftkern {
+
+// Floats that the workspace of these two has to hold; none is needed where it is 0.
+int64_t low_rank_down_workspace(const LowRankDown& args);
+int64_t low_rank_grad_workspace(const LowRankGrad& args);
 
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);
@@ -31,6 +36,12 @@ cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t 
 
 cudaError_t launch_squared_row_norms(const SquaredRowNorms& args, cudaStream_t stream);
 cudaError_t launch_dora_norm(const DoraNorm& args, cudaStream_t stream);
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
+// Nf4Forward::splits that fill a GPU, and the floats of Nf4Forward::workspace for args.splits.
+int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
+int64_t nf4_forward_workspace(const Nf4Forward& args);
+cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream);
+cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 
 cudaError_t launch_jacobi_svd(const JacobiSvd& args, cudaStream_t stream);
 

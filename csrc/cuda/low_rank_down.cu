@@ -1,126 +1,232 @@
 // SPDX-License-Identifier: Apache-2.0
 // LowRankDown of low_rank.h:  out = alpha * drop(x) F^T
 //
-// A product with a few output columns: bound by reading x while rank is small. A block makes a tile of 32 rows x kRanks
-// outputs. It walks along the columns; a step brings 64 columns of x (masked, as fp32) and of F to shared memory. 16
-// outputs a thread would leave most threads idle, so they also split the columns of a step into slices, whose sums are
-// added in slice order at the end. Ranks above 32 take several tiles, neighbours in the grid, so that x comes from L2.
+// Bound by reading x, which goes from global memory to registers and there, masked, into the tensor cores (tf32.cuh). A
+// block takes 128 rows, 16 for each warp, 16 kTiles ranks and a part of the columns, so F is read once for 128 rows.
+//
+//   a group of 32 columns:   lane 4 g + t loads the columns 8 t .. 8 t + 7 of rows g and 8 + g: two Philox calls, and
+//                            its part of 4 products [ranks, 8 columns] x [8 columns, 8 rows] for each of the two; the
+//                            s-th is over the columns 2 s, 2 s + 1, 8 + 2 s, .. 24 + 2 s + 1, in F as in x
+//   a stage of 8 / kTiles groups:   every warp loads F for 16 ranks of a group, splits it and puts it into shared
+//   memory
+//                            in the order in which lanes need it
+//
+// The products are [ranks, rows]: so a tile of 8 rows is enough for a small batch. With few rows, blocks share the
+// columns and a second kernel adds their parts.
+#include "../nf4.h"
 #include "kernels.h"
+#include "parts.cuh"
+#include "tf32.cuh"
 #include "tile.cuh"
 
 namespace peftkern {
 
-constexpr int kDownThreads = 256;
-constexpr int kDownRows = 32, kDownColumns = 64;
-constexpr int kDownThreadRows = 4, kDownThreadRanks = 4;  // 16 outputs a thread: 8 reads of 16 bytes feed 64 FMAs
-static_assert(kDownRows * kDownColumns == kDownThreads * kChunk, "a thread loads one chunk of x per step");
+constexpr int kDownThreads = 256, kDownWarps = kDownThreads / 32;
+constexpr int kTileRanks = 16, kTileRows = 8, kWarpTiles = 2;
+constexpr int kWarpRows = kTileRows * kWarpTiles, kDownRows = kWarpRows * kDownWarps;
+constexpr int kGroupColumns = 32, kGroupSteps = 4;
+constexpr int64_t kPartColumns = 256;  // of the parts of blocks that share columns: multiples of this; whole stages
 
-template <class T, int kRanks>
-__global__ void __launch_bounds__(kDownThreads) low_rank_down_kernel(LowRankDown args) {
-  constexpr int kRowGroups = kDownRows / kDownThreadRows, kRankGroups = kRanks / kDownThreadRanks;
-  constexpr int kSlices = kDownThreads / (kRowGroups * kRankGroups);
-  __shared__ union {
-    struct {
-      Tile<kDownRows, kDownColumns> x;
-      Tile<kRanks, kDownColumns> factor;
-    } tile;
-    float partial[kSlices][kDownRows][kRanks];
-  } shared;
+// F of a stage, split. A lane reads the 16 bytes of its place in [high or low][group][step][tile]; the padding keeps
+// the stores of a column-major F, 8 bytes a lane, off each other's banks.
+template <int kTiles>
+struct SplitFactor {
+  static constexpr int kGroups = kDownWarps / kTiles;
+  static constexpr int kStepFloats = kTiles * 32 * 4 + 8;
+  alignas(16) uint32_t data[2][kGroups][kGroupSteps][kStepFloats];
 
-  const int64_t rank_tiles = (args.rank + kRanks - 1) / kRanks;
-  const int64_t first_rank = blockIdx.x % rank_tiles * kRanks;
-  const int64_t first_row = blockIdx.x / rank_tiles * kDownRows;
+  __device__ __forceinline__ uint4 get(int part, int group, int step, int tile, int lane) const {
+    return *reinterpret_cast<const uint4*>(&data[part][group][step][(tile * 32 + lane) * 4]);
+  }
+};
 
-  const int load_row = threadIdx.x / (kDownColumns / kChunk);
-  const int load_column = threadIdx.x % (kDownColumns / kChunk) * kChunk;
-  const int row_group = threadIdx.x % kRowGroups, rank_group = threadIdx.x / kRowGroups % kRankGroups;
-  const int slice = threadIdx.x / (kRowGroups * kRankGroups);
+// A lane's share of a stage on its way there: two chunks of a group's 32 columns x 16 ranks, either the 8 columns of
+// ranks g and g + 8, or all ranks of one column.
+template <int kTiles>
+struct FactorShare {
+  float v[2][kChunk];
 
-  const int64_t x_row = first_row + load_row;
-  const T* x_data = static_cast<const T*>(args.x) + x_row * args.columns;
+  __device__ __forceinline__ void load(const LowRankDown& args, int64_t first_rank, int64_t first_column) {
+    const Factor& factor = args.factor;
+    const int lane = threadIdx.x % 32;
+    const int64_t rank0 = first_rank + tile() * kTileRanks, column0 = first_column + group() * kGroupColumns;
+    const int64_t stride = factor.rank_major ? args.columns : args.rank;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t rank = rank0 + (factor.rank_major ? lane / 4 : 0) + half * 8;
+      const int64_t column = column0 + (factor.rank_major ? lane % 4 * kChunk : lane);
+      const int64_t index = factor.rank_major ? rank * args.columns + column : column * args.rank + rank;
+      const bool inside = rank < args.rank && column < args.columns;
+      const int64_t valid = !inside ? 0 : factor.rank_major ? args.columns - column : args.rank - rank;
+      device_dispatch(factor.dtype, [&](auto tag) {
+        using F = decltype(tag);
+        load_chunk(static_cast<const F*>(factor.data) + index, valid, chunks_aligned(factor.data, stride * sizeof(F)),
+                   v[half]);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void store(bool rank_major, SplitFactor<kTiles>& target) const {
+    const int lane = threadIdx.x % 32;
+    Tf32Parts parts[2][kChunk];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) parts[half][j] = split_tf32(v[half][j]);
+    }
+    auto& high = target.data[0][group()];
+    auto& low = target.data[1][group()];
+    if (rank_major) {
+#pragma unroll
+      for (int step = 0; step < kGroupSteps; ++step) {
+        const Tf32Parts &a = parts[0][2 * step], &b = parts[1][2 * step];
+        const Tf32Parts &c = parts[0][2 * step + 1], &d = parts[1][2 * step + 1];
+        const int place = (tile() * 32 + lane) * 4;
+        *reinterpret_cast<uint4*>(&high[step][place]) = make_uint4(a.high, b.high, c.high, d.high);
+        *reinterpret_cast<uint4*>(&low[step][place]) = make_uint4(a.low, b.low, c.low, d.low);
+      }
+    } else {
+      const int step = lane % kChunk / 2;
+#pragma unroll
+      for (int g = 0; g < 8; ++g) {
+        const int place = (tile() * 32 + g * 4 + lane / kChunk) * 4 + lane % 2 * 2;
+        *reinterpret_cast<uint2*>(&high[step][place]) = make_uint2(parts[0][g].high, parts[1][g].high);
+        *reinterpret_cast<uint2*>(&low[step][place]) = make_uint2(parts[0][g].low, parts[1][g].low);
+      }
+    }
+  }
+
+ private:
+  __device__ static int tile() { return threadIdx.x / 32 % kTiles; }
+  __device__ static int group() { return threadIdx.x / 32 / kTiles; }
+};
+
+// At least 1 block: else ptxas aims at 128 registers on sm_120, and spills.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankDown args, int64_t parts) {
+  constexpr int kGroups = SplitFactor<kTiles>::kGroups, kStageColumns = kGroups * kGroupColumns;
+  static_assert(kPartColumns % kStageColumns == 0);
+  __shared__ SplitFactor<kTiles> shared;
+
+  const int64_t rank_tiles = (args.rank + kTiles * kTileRanks - 1) / (kTiles * kTileRanks);
+  const int64_t first_rank = blockIdx.x % rank_tiles * (kTiles * kTileRanks);
+  const int64_t part = blockIdx.x / rank_tiles % parts;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int64_t first_row = blockIdx.x / (rank_tiles * parts) * kDownRows + warp * kWarpRows;
+  const int64_t units = (args.columns + kPartColumns - 1) / kPartColumns;
+  const int64_t first_column = units * part / parts * kPartColumns;
+  const int64_t last_column = min(units * (part + 1) / parts * kPartColumns, args.columns);
+
   const bool x_aligned = chunks_aligned(args.x, args.columns * sizeof(T));
+  const bool exact = args.factor.dtype != DType::f32;  // TF32 holds the factor: its low parts are zero
   const uint64_t seed = load_seed(args.dropout);
-
-  Chunk<T> x;
-  FactorChunk<kRanks, kDownColumns> factor;
-  static_assert(factor.kThreads <= kDownThreads);
-  const auto load = [&](int64_t first_column) {
-    const int64_t column = first_column + load_column;
-    x.load(x_data + column, x_row < args.rows ? args.columns - column : 0, x_aligned);
-    factor.load(args.factor, args.rank, args.columns, first_rank, first_column);
+  const T* x_data = static_cast<const T*>(args.x) + (first_row + g) * args.columns + t * kChunk;
+  Chunk<T> x[2][kWarpTiles];  // two groups: with half of that in flight a warp would wait
+  const auto load = [&](int64_t column) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group, column += kGroupColumns) {
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) {
+        const bool inside = first_row + g + i * kTileRows < args.rows;
+        x[group][i].load(x_data + i * kTileRows * args.columns + column, inside ? last_column - column - t * kChunk : 0,
+                         x_aligned);
+      }
+    }
   };
 
-  float sum[kDownThreadRows][kDownThreadRanks] = {};
-  load(0);
-  for (int64_t first_column = 0; first_column < args.columns; first_column += kDownColumns) {
-    float v[kChunk];
-    x.to_floats(v);
-    drop_chunk(args.dropout, seed, x_row, first_column + load_column, v);
-    shared.tile.x.set_chunk(load_row, load_column / kChunk, v);
-    factor.store(args.factor.rank_major, shared.tile.factor);
+  FactorShare<kTiles> factor;
+  float sum[kTiles][kWarpTiles][4] = {};
+  factor.load(args, first_rank, first_column);
+  load(first_column);
+  for (int64_t stage = first_column; stage < last_column; stage += kStageColumns) {
+    __syncthreads();  // the F of the stage before is used up
+    factor.store(args.factor.rank_major, shared);
     __syncthreads();
-    load(first_column + kDownColumns);  // for the next step; it arrives during this one
+    if (stage + kStageColumns < last_column) factor.load(args, first_rank, stage + kStageColumns);
+    if (first_row >= args.rows) continue;
+#pragma unroll 1
+    for (int pair = 0; pair < kGroups; pair += 2) {
+      const int64_t column = stage + pair * kGroupColumns;
+      Chunk<T> now[2][kWarpTiles];
 #pragma unroll
-    for (int quad = slice; quad < kDownColumns / 4; quad += kSlices) {
-      // A thread's rows and ranks are strided, so that the lanes of a warp read neighbouring ones.
-      float4 x_quad[kDownThreadRows], factor_quad[kDownThreadRanks];
+      for (int i = 0; i < kWarpTiles; ++i) now[0][i] = x[0][i], now[1][i] = x[1][i];
+      load(column + 2 * kGroupColumns);  // arrives during the work on these
 #pragma unroll
-      for (int i = 0; i < kDownThreadRows; ++i) x_quad[i] = shared.tile.x.quad(row_group + i * kRowGroups, quad);
+      for (int group = 0; group < 2; ++group) {
 #pragma unroll
-      for (int j = 0; j < kDownThreadRanks; ++j) {
-        factor_quad[j] = shared.tile.factor.quad(rank_group + j * kRankGroups, quad);
-      }
+        for (int i = 0; i < kWarpTiles; ++i) {
+          drop_chunk(args.dropout, seed, first_row + g + i * kTileRows, column + group * kGroupColumns + t * kChunk,
+                     now[group][i].raw);
+        }
 #pragma unroll
-      for (int i = 0; i < kDownThreadRows; ++i) {
+        for (int step = 0; step < kGroupSteps; ++step) {
 #pragma unroll
-        for (int j = 0; j < kDownThreadRanks; ++j) {
-          sum[i][j] = fmaf(x_quad[i].x, factor_quad[j].x, sum[i][j]);
-          sum[i][j] = fmaf(x_quad[i].y, factor_quad[j].y, sum[i][j]);
-          sum[i][j] = fmaf(x_quad[i].z, factor_quad[j].z, sum[i][j]);
-          sum[i][j] = fmaf(x_quad[i].w, factor_quad[j].w, sum[i][j]);
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 high = shared.get(0, pair + group, step, tile, lane);
+            const uint4 low = exact ? high : shared.get(1, pair + group, step, tile, lane);
+#pragma unroll
+            for (int i = 0; i < kWarpTiles; ++i) {
+              mma_split<T>(sum[tile][i], high, low, exact, split_tf32(now[group][i].raw[2 * step]),
+                           split_tf32(now[group][i].raw[2 * step + 1]));
+            }
+          }
         }
       }
     }
-    __syncthreads();
   }
 
+  const float scale = parts > 1 ? 1.0f : args.alpha * args.dropout.scale;
+  float* out = parts > 1 ? args.workspace + part * args.rows * args.rank : args.out;
 #pragma unroll
-  for (int i = 0; i < kDownThreadRows; ++i) {
+  for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < kDownThreadRanks; ++j) {
-      shared.partial[slice][row_group + i * kRowGroups][rank_group + j * kRankGroups] = sum[i][j];
+    for (int j = 0; j < 4; ++j) {
+      const int64_t row = first_row + i * kTileRows + 2 * t + j % 2;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int64_t rank = first_rank + tile * kTileRanks + g + j / 2 * 8;
+        if (row < args.rows && rank < args.rank) out[row * args.rank + rank] = scale * sum[tile][i][j];
+      }
     }
-  }
-  __syncthreads();
-  const float scale = args.alpha * args.dropout.scale;
-  for (int i = threadIdx.x; i < kDownRows * kRanks; i += kDownThreads) {
-    const int64_t row = first_row + i / kRanks, rank = first_rank + i % kRanks;
-    if (row >= args.rows || rank >= args.rank) continue;
-    float total = 0.0f;
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) total += shared.partial[s][i / kRanks][i % kRanks];
-    args.out[row * args.rank + rank] = scale * total;
   }
 }
 
-template <class T, int kRanks>
-static void launch_tiles(const LowRankDown& args, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(args.rank, kRanks) * ceil_div(args.rows, kDownRows);
-  low_rank_down_kernel<T, kRanks><<<static_cast<unsigned>(tiles), kDownThreads, 0, stream>>>(args);
+__global__ void __launch_bounds__(kPartThreads) low_rank_down_sum_kernel(LowRankDown args, int64_t parts) {
+  sum_parts(args.workspace, parts, args.rows * args.rank, args.alpha * args.dropout.scale, args.out, DType::f32);
+}
+
+static int64_t block_ranks(const LowRankDown& args) { return args.rank <= 16 ? 16 : args.rank <= 32 ? 32 : 64; }
+
+static int64_t block_tiles(const LowRankDown& args) {
+  return ceil_div(args.rank, block_ranks(args)) * ceil_div(args.rows, kDownRows);
+}
+
+static int64_t down_parts(const LowRankDown& args) {
+  return part_count(block_tiles(args), ceil_div(args.columns, kPartColumns));
+}
+
+int64_t low_rank_down_workspace(const LowRankDown& args) {
+  const int64_t parts = down_parts(args);
+  return parts > 1 ? parts * args.rows * args.rank : 0;
 }
 
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream) {
   if (args.rows == 0 || args.rank == 0) return cudaSuccess;
+  const int64_t parts = down_parts(args);
+  if (parts > 1 && !args.workspace) return cudaErrorInvalidValue;
+  const unsigned blocks = static_cast<unsigned>(block_tiles(args) * parts);
   dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (args.rank <= 8) {
-      launch_tiles<T, 8>(args, stream);
-    } else if (args.rank <= 16) {
-      launch_tiles<T, 16>(args, stream);
-    } else {
-      launch_tiles<T, 32>(args, stream);
+    switch (block_ranks(args)) {
+      case 16: low_rank_down_kernel<T, 1><<<blocks, kDownThreads, 0, stream>>>(args, parts); break;
+      case 32: low_rank_down_kernel<T, 2><<<blocks, kDownThreads, 0, stream>>>(args, parts); break;
+      default: low_rank_down_kernel<T, 4><<<blocks, kDownThreads, 0, stream>>>(args, parts);
     }
   });
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess || parts == 1) return error;
+  const unsigned sums = static_cast<unsigned>(ceil_div(args.rows * args.rank, kPartThreads));
+  low_rank_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, parts);
   return cudaGetLastError();
 }
 

@@ -79,7 +79,7 @@ __device__ __forceinline__ void update_row(const ImportanceUpdate& args, const T
   if (threadIdx.x == 0) {
     float sum = 0.0f;
     for (int warp = 0; warp < kImportanceWarps; ++warp) sum += partial[warp];
-    args.scores[layer.first + j] = sum / static_cast<float>(layer.in);
+    args.scores[layer.first + j] = layer.in > 0 ? sum / static_cast<float>(layer.in) : 0.0f;
   }
 }
 
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kImportanceThreads)
       args.sensitivity[at] = s;
       args.uncertainty[at] = u;
       const int64_t triplet = layer.first + j;
-      args.scores[triplet] = of_E + (args.scores[triplet] + of_B / static_cast<float>(layer.out));
+      const float mean_of_B = layer.out > 0 ? of_B / static_cast<float>(layer.out) : 0.0f;
+      args.scores[triplet] = of_E + (args.scores[triplet] + mean_of_B);
     }
   });
 }

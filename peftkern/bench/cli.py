@@ -71,7 +71,9 @@ def _run(cases: list[Case], args: argparse.Namespace) -> int:
     for case in cases:
         results.append(run_case(case, limits, args.seconds, args.isas))
         print(report.table(results[-1:]), flush=True)
-    print(report.left_out(results))
+    for text in (report.growth(results), report.left_out(results)):
+        if text:
+            print(text)
     if args.json:
         report.write_json(args.json, env, results)
     if args.plot:

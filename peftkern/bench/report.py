@@ -7,8 +7,9 @@ import json
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def table(results: Iterable[Result]) -> str:
 
     rule = f"|{'|'.join('-' * (w + 1) + (':' if i > 1 else '-') for i, w in enumerate(widths))}|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+SWEPT = {"M": "rows", "r": "r", "threads": "threads", "layers": "layers"}  # the field of Case that a sweep changes
+
+
+def growth(results: Iterable[Result]) -> str:
+    """A line for each sweep: our time at each size over that at the size before, beside the ratio of the sizes."""
+    series: dict[tuple[str, Case], list[tuple[int, float]]] = {}
+    for result in results:
+        if field := SWEPT.get(result.case.sweep):
+            rest = replace(result.case, **{field: 0})
+            point = getattr(result.case, field), result.timings[OURS].p50
+            series.setdefault((result.case.sweep, rest), []).append(point)
+    lines = []
+    for (sweep, rest), points in series.items():
+        points.sort()
+        steps = [f"{a} -> {b}: {tb / ta:.2f} for {b / a:g}" for (a, ta), (b, tb) in pairwise(points)]
+        lines.append(f"growth with {sweep}, {rest.name}: {', '.join(steps)}")
+    return "\n".join(lines)
 
 
 def left_out(results: Iterable[Result]) -> str:

@@ -143,7 +143,9 @@ def adapt(model: Any, options: Options, steps: int) -> Any:
 
 def check_targets(model: Any, options: Options) -> None:
     """Every name in `--targets` must match a linear layer; the error lists the names there are."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    from peftkern.modules.conv1d import is_conv1d
+
+    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_conv1d(m)]
     targets = options.target_names()
     for target in targets if isinstance(targets, list) else []:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -92,7 +92,7 @@ class AdaLoRALinear(AdaptedLinear):
     def set_scaling(self, lora_alpha: float, init_r: int) -> None:
         """The scaling of an adapter that started with init_r triplets."""
         self.lora_alpha, self.init_r = lora_alpha, init_r
-        self.scaling = (lora_alpha if lora_alpha > 0 else float(init_r)) / (init_r + 1e-5)
+        self.scaling = adalora_scaling(lora_alpha, init_r)
 
     @property
     def r(self) -> int:
@@ -183,6 +183,10 @@ def _set_data(p: nn.Parameter, data: Tensor) -> None:
 def rank_axis(name: str) -> int:
     """The axis of a parameter of AdaLoRALinear that counts its triplets."""
     return 1 if name == "lora_B" else 0
+
+
+def adalora_scaling(lora_alpha: float, init_r: int) -> float:
+    return (lora_alpha if lora_alpha > 0 else float(init_r)) / (init_r + 1e-5)
 
 
 def check_adalora(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool, r_name: str = "r") -> None:

@@ -5,20 +5,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Config, NF4Weight, adapted_linear, dequantize_nf4, quantize_nf4
-from .base_weight import WEIGHT_NAMES, BaseWeight
-from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias
+from .base_weight import WEIGHT_NAMES, BaseWeight, parameter_of
+from .conv1d import is_conv1d
+from .dora import dora_forward
+from .nf4_linear import NF4Linear, check_features, check_is_linear, init_bias, refuse_hooks
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an nn.Linear, a Conv1D, an nn.Embedding (tokens in, their vectors out)."""
+    if is_conv1d(layer):
+        return layer.nx, layer.nf
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.in_features, layer.out_features
 
 
 class AdaptedLinear(BaseWeight):
     """A frozen linear layer with a trainable adapter, ``adapted_linear(x, weight, bias=bias, **terms())``."""
 
+    file_suffixes: ClassVar[dict[str, str]] = {}  # what HF PEFT's files put behind the name of a parameter
     bias: nn.Parameter | None
+    use_dora: bool = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -43,18 +56,23 @@ class AdaptedLinear(BaseWeight):
 
     @classmethod
     def _around(cls, linear: nn.Linear, quantize: NF4Config | None, default: NF4Config | None = None):
-        """An instance, still without an adapter, over the weight (dense, or an NF4Linear's) and bias of linear, shared
-        and frozen. quantize, or else default, says how to quantize a dense weight."""
-        check_is_linear(linear)
+        """An instance, still without an adapter, over the weight (dense, or an NF4Linear's) and bias of linear, an
+        nn.Linear or a Conv1D, shared and frozen. quantize, or else default, says how to quantize a dense weight."""
+        transposed = is_conv1d(linear)
+        if transposed:
+            refuse_hooks("linear", linear, "Conv1D")
+        else:
+            check_is_linear(linear)
         weight: Tensor | NF4Weight = linear.base_weight() if isinstance(linear, NF4Linear) else linear.weight
         if isinstance(weight, NF4Weight):
             if quantize is not None:
                 raise ValueError("quantize: expected None for a layer whose weight is NF4 already")
         elif config := quantize or default:
-            weight = quantize_nf4(weight, config.block_size, config.double_quant)
+            weight = quantize_nf4(weight.t() if transposed else weight, config.block_size, config.double_quant)
         self = cls.__new__(cls)
-        AdaptedLinear.__init__(self, linear.in_features, linear.out_features)
-        self.set_base_weight(weight)
+        AdaptedLinear.__init__(self, *features_of(linear))
+        self.fan_in_fan_out = transposed
+        self._hold(weight)
         self.bias = linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -62,7 +80,7 @@ class AdaptedLinear(BaseWeight):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapter by attribute name."""
-        names = ("lora_A", "lora_E", "lora_B")
+        names = ("lora_A", "lora_E", "lora_B", "lora_magnitude_vector")
         return {name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
 
     def terms(self) -> dict[str, Any]:
@@ -73,10 +91,21 @@ class AdaptedLinear(BaseWeight):
         """What the adapter adds to the weight: float32 [out_features, in_features]."""
         raise NotImplementedError(f"{type(self).__name__}.delta_weight")
 
+    def dense_weight(self) -> Tensor:
+        """The weight as float32 [out_features, in_features]."""
+        weight = self.base_weight()
+        return dequantize_nf4(weight, torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features], in x's dtype."""
-        terms = {} if self.merged else self.terms()
-        return adapted_linear(x, self.base_weight(), bias=self.bias, training=self.training, **terms)
+        if self._unmerged is not None:
+            terms: dict[str, Any] = {}
+        elif self.use_dora:
+            return dora_forward(self, x)
+        else:
+            terms = self.terms()
+        bias = parameter_of(self, "bias")
+        return adapted_linear(x, self.base_weight(), bias=bias, training=self.training, **terms)
 
     @property
     def merged(self) -> bool:
@@ -93,8 +122,7 @@ class AdaptedLinear(BaseWeight):
             raise RuntimeError(f"{type(self).__name__}.merge: already merged; call unmerge() first")
         original = self.base_weight()
         quantized = isinstance(original, NF4Weight)
-        dense = dequantize_nf4(original, torch.float32) if quantized else original.float()
-        merged = dense + self.delta_weight()
+        merged = self.dense_weight() + self.delta_weight()
         rounded = merged.to(original.dtype)
         if safe and not bool(torch.isfinite(rounded).all()):
             raise ValueError("merge: expected finite merged weights, got NaN or infinity; the layer is unchanged")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a module holds its frozen base weight, dense or NF4: the parameters, the state dict, and nothing else.
 
-Dense: ``weight`` [out, in]. NF4: ``weight`` uint8 [out, in / 2] (flat if in is odd) and the scales *as bytes*, so that
-``.to(dtype)``, autocast wrappers and FSDP mixed precision, which cast float parameters, leave them alone:
+Dense: ``weight`` [out, in], or [in, out] with ``fan_in_fan_out``, as transformers' Conv1D and nn.Embedding store it:
+the parameter stays theirs, and the ops get its transpose, a view.
+
+NF4: ``weight`` uint8 [out, in / 2] (flat if in is odd) and the scales *as bytes*, so that ``.to(dtype)``, autocast
+wrappers and FSDP mixed precision, which cast float parameters, leave them alone:
 
     absmax            uint8 [4 * blocks], float32 bytes; with double quantization uint8 [blocks], the codes
     nested_absmax     uint8 [4 * ceil(blocks / 256)], float32 bytes      (double quantization only)
@@ -27,6 +30,12 @@ WEIGHT_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
 
 def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name``, without the AttributeError that Python makes before it asks nn.Module.__getattr__: 1 us."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def floats_of(t: Tensor) -> Tensor:
@@ -60,14 +69,23 @@ class BaseWeight(nn.Module):
     weight: nn.Parameter
     nf4_config: NF4Config | None = None  # None: dense
     quantized_dtype: torch.dtype | None = None  # NF4: what was quantized, the default dtype of dequantize
+    fan_in_fan_out: bool = False  # a dense weight is stored [in, out]
 
     def set_base_weight(self, weight: Tensor | NF4Weight) -> None:
-        """Holds weight, [out_features, in_features], sharing its storage. Raises ValueError for another
-        shape, TypeError for another dtype than float32, bfloat16 and float16."""
+        """Holds weight, [out_features, in_features] as base_weight() gives it, sharing its storage if it lies as it is
+        stored. Raises ValueError for another shape, TypeError for another dtype than float32, bfloat16 and float16."""
+        if self.fan_in_fan_out and not isinstance(weight, NF4Weight):
+            weight = weight.t().contiguous()
+        self._hold(weight)
+
+    def _hold(self, weight: Tensor | NF4Weight) -> None:
+        """set_base_weight for a weight as it is stored. A parameter stays the same object."""
+        quantized = isinstance(weight, NF4Weight)
         expected = (self.out_features, self.in_features)
+        if self.fan_in_fan_out and not quantized:
+            expected = expected[::-1]
         if tuple(weight.shape) != expected:
             raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
-        quantized = isinstance(weight, NF4Weight)
         if quantized:
             check_weight(weight, "weight")
         elif weight.dtype not in FLOAT_DTYPES:
@@ -88,7 +106,8 @@ class BaseWeight(nn.Module):
         """The weight as the ops take it; shares storage."""
         config = self.nf4_config
         if config is None:
-            return self.weight
+            weight = parameter_of(self, "weight")
+            return weight.t() if self.fan_in_fan_out else weight
         assert self.quantized_dtype is not None
         shape = (self.out_features, self.in_features)
         if not config.double_quant:
@@ -115,7 +134,8 @@ class BaseWeight(nn.Module):
                     for name in [k for k in state_dict if k.startswith(key + ".")]:
                         del state_dict[name]
                 elif incoming is not None and incoming.is_floating_point():
-                    weight = quantize_nf4(incoming, self.nf4_config.block_size, self.nf4_config.double_quant)
+                    dense = incoming.t() if self.fan_in_fan_out else incoming
+                    weight = quantize_nf4(dense, self.nf4_config.block_size, self.nf4_config.double_quant)
                 if weight is not None:
                     self.set_base_weight(weight.to(self.weight.device))  # block_size and double_quant may differ
             except (ValueError, TypeError, KeyError, RuntimeError) as error:  # whatever a damaged entry sets off

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..ops import NF4Config, quantize_nf4
 from .adapted import AdaptedLinear
+from .base_weight import parameter_of
+from .dora import adapted_norm, dora_delta, out_scale, start_magnitude
+from .starts import STARTS, decompose, is_decomposition, is_start, orthogonal_factors
 
 Quantize = str | NF4Config | None
-
-INIT_LORA_WEIGHTS = (True, False, "gaussian")
 
 
 def quantize_config(quantize: Quantize) -> NF4Config | None:
@@ -39,8 +40,10 @@ def check_lora(
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
     if not isinstance(lora_dropout, Real) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {lora_dropout!r}")
-    if init_lora_weights not in INIT_LORA_WEIGHTS:
-        raise ValueError(f"init_lora_weights: expected one of {INIT_LORA_WEIGHTS}, got {init_lora_weights!r}")
+    if not is_start(init_lora_weights):
+        raise ValueError(f"init_lora_weights: expected one of {STARTS}, got {init_lora_weights!r}")
+    if init_lora_weights == "orthogonal" and r % 2:
+        raise ValueError(f'{r_name}: expected an even rank for init_lora_weights="orthogonal", got {r}')
 
 
 class LoRALinear(AdaptedLinear):
@@ -49,7 +52,10 @@ class LoRALinear(AdaptedLinear):
 
     weight: [out_features, in_features], frozen; lora_A: [r, in_features]; lora_B: [out_features, r]; bias, frozen.
     dtype: of weight and bias; adapter_dtype: of lora_A and lora_B, float32 by default, as HF PEFT keeps them.
-    init_lora_weights: True: A Kaiming-uniform, B zero; "gaussian": A ~ N(0, 1 / r^2), B zero; False: both random.
+    init_lora_weights: True: A Kaiming-uniform, B zero; "gaussian": A ~ N(0, 1 / r^2), B zero; False: both random;
+        "orthogonal", "pissa", "pissa_niter_<n>", "olora": modules/starts.py. The last three take scaling * B A out of
+        the weight, which is then a copy.
+    use_dora: DoRA, with ``lora_magnitude_vector`` [out_features], which trains too (modules/dora.py).
     Raises ValueError naming the argument for sizes or ranks < 1, or a dropout outside [0, 1).
 
     >>> layer = LoRALinear(64, 32, r=4)
@@ -57,6 +63,7 @@ class LoRALinear(AdaptedLinear):
     (torch.Size([8, 32]), 384)
     """
 
+    file_suffixes: ClassVar[dict[str, str]] = {"lora_A": ".weight", "lora_B": ".weight"}
     quantized_base: ClassVar[NF4Config | None] = None  # how from_linear quantizes a dense weight if it is not told
 
     def __init__(
@@ -72,10 +79,11 @@ class LoRALinear(AdaptedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
         check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
         self._start_base(in_features, out_features, bias, device, dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora)
 
     @classmethod
     def from_linear(
@@ -88,48 +96,98 @@ class LoRALinear(AdaptedLinear):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> LoRALinear:
-        """An adapter around linear, whose weight (dense, or an NF4Linear's) and bias are shared and frozen.
+        """An adapter around linear, an nn.Linear, an NF4Linear or transformers' Conv1D, whose weight and bias are
+        shared and frozen.
 
         quantize: "nf4" or an NF4Config to quantize a dense weight first; the original is then not kept.
         """
         check_lora(r, lora_alpha, lora_dropout, init_lora_weights)
-        self = cls._around(linear, quantize_config(quantize), cls.quantized_base)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        config = quantize_config(quantize)
+        if not is_decomposition(init_lora_weights):
+            self = cls._around(linear, config, cls.quantized_base)
+            config = None
+        else:  # what is left of the dense weight is quantized
+            self = cls._around(linear, None)
+            config = config or cls.quantized_base
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, config)
         return self
 
     def _add_adapter(
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
+        adapter_dtype: torch.dtype | None, use_dora: bool = False, quantize: NF4Config | None = None,
     ) -> None:  # fmt: skip
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         like = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        self._new_factors(**like)
         self.reset_adapter(init_lora_weights)
+        if quantize is not None:
+            self.set_base_weight(quantize_nf4(self.base_weight(), quantize.block_size, quantize.double_quant))
+        self.use_dora = use_dora
+        if use_dora:
+            start_magnitude(self)
 
     @torch.no_grad()
     def reset_adapter(self, init_lora_weights: bool | str = True) -> None:
-        """Draws lora_A anew and zeroes lora_B (False: draws both)."""
-        if init_lora_weights == "gaussian":
+        """Draws lora_A anew and zeroes lora_B (False: draws both; a start that decomposes the weight: from that)."""
+        self._reset_factors(init_lora_weights)
+        if self.use_dora:
+            self.lora_magnitude_vector.copy_(adapted_norm(self))
+
+    def _new_factors(self, **like: Any) -> None:
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
+
+    def _reset_factors(self, init_lora_weights: bool | str) -> None:
+        if is_decomposition(init_lora_weights):
+            self._decompose_base(init_lora_weights)
+        elif init_lora_weights == "orthogonal":
+            A, B = orthogonal_factors(self.r, self.in_features, self.out_features)
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        elif init_lora_weights == "gaussian":
             self.lora_A.normal_(std=1.0 / self.r)
+            self.lora_B.zero_()
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if not init_lora_weights:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            self.lora_B.zero_()
+            self.lora_B.zero_() if init_lora_weights else nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def _decompose_base(self, start: str) -> None:
+        weight = self.base_weight()
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"init_lora_weights: expected a dense weight to decompose for {start!r}, got an NF4 one; "
+                "quantize= quantizes what is left of a dense one"
+            )
+        A, B = decompose(weight.float(), self.r, self.scaling, start)
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.set_base_weight((weight.float() - self.low_rank_weight()).to(weight.dtype))
 
     def terms(self) -> dict[str, Any]:
-        return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
+        A, B = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
+        terms = {"A": A, "B": B, "scaling": self.scaling, "dropout_p": self.lora_dropout}
+        if self.use_dora:  # training with dropout is not one call: modules/dora.py
+            terms["out_scale"] = out_scale(self)
+        return terms
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
+        delta = self.low_rank_weight()
+        return dora_delta(self, self.dense_weight(), delta) if self.use_dora else delta
+
+    @torch.no_grad()
+    def low_rank_weight(self) -> Tensor:
+        """scaling * B A, float32 [out_features, in_features]: with DoRA not all that the adapter changes."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        dora = ", use_dora=True" if self.use_dora else ""
+        return (
+            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}{dora}"
+        )
 
 
 class QLoRALinear(LoRALinear):
@@ -148,3 +206,5 @@ class QLoRALinear(LoRALinear):
         config = quantize_config(quantize) or self.quantized_base
         super().__init__(*args, **kwargs)
         self.set_base_weight(quantize_nf4(self.weight, config.block_size, config.double_quant))
+        if self.use_dora:
+            start_magnitude(self)  # of the quantized weight

@@ -78,9 +78,13 @@ def check_is_linear(linear: nn.Module) -> None:
     # Any other subclass computes something of its own (8-bit weights, scales, sharding), which would be lost.
     if not isinstance(linear, NF4Linear) and type(linear).forward is not nn.Linear.forward:
         raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}, which has a forward of its own")
-    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+    refuse_hooks("linear", linear, "nn.Linear")
+
+
+def refuse_hooks(argument: str, layer: nn.Module, kind: str) -> None:
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         raise TypeError(
-            "linear: expected a plain nn.Linear, got one with forward hooks or a replaced forward (accelerate's "
+            f"{argument}: expected a plain {kind}, got one with forward hooks or a replaced forward (accelerate's "
             "offloading sets one), which would be lost; remove them first"
         )
 

@@ -17,6 +17,10 @@ class TensorCache:
     def __init__(self) -> None:
         self._entries: dict[str, tuple[tuple, Any, Sequence[Tensor]]] = {}
 
+    def __reduce__(self):
+        """A copy, and what is unpickled, starts empty: its tensors are others."""
+        return TensorCache, ()
+
     def get(self, name: str, key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """make(), or what it gave before for these tensors and this key. Not kept, so that it is part of the graph,
         where gradients flow through it, nor under torch.compile; inference tensors have no version."""
@@ -27,6 +31,7 @@ class TensorCache:
         key += tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
         entry = self._entries.get(name)
         if entry is None or entry[0] != key:
-            # with the tensors, so that no other tensor can come to lie at their address while the entry lives
-            entry = self._entries[name] = (key, make(), tensors)
+            # with their memory, so that no other tensor can come to lie there while the entry lives; not with the
+            # tensors, since a parameter may be given other data (module.to(dtype))
+            entry = self._entries[name] = (key, make(), [t.detach() for t in tensors])
         return entry[1]

@@ -136,8 +136,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrL2CacheSize) return record(cudaErrorInvalidValue);
-  return *value = 1 << 20, cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrL2CacheSize: return *value = 1 << 20, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = 4, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: return *value = 9, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
+    default: return record(cudaErrorInvalidValue);
+  }
 }
 void cudart_set_capturing(bool on) { capturing = on; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

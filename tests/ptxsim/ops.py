@@ -61,17 +61,29 @@ class Factor(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("dtype", c_int32), ("rank_major", c_bool)]
 
 
+def part_count(tiles: int, max_parts: int) -> int:
+    """Of csrc/cuda/parts.cuh."""
+    return max(1, min(256 // tiles if tiles else 1, max_parts))
+
+
 class LowRankDown(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("columns", c_int64), ("rank", c_int64),
-        ("factor", Factor), ("alpha", c_float), ("dropout", Dropout), ("out", c_void_p),
+        ("factor", Factor), ("alpha", c_float), ("dropout", Dropout), ("out", c_void_p), ("workspace", c_void_p),
     ]  # fmt: skip
+
+    def workspace_size(self) -> int:
+        """low_rank_down_workspace: 128 rows and up to 64 ranks a block, 256 columns at least."""
+        ranks = 16 if self.rank <= 16 else 32 if self.rank <= 32 else 64
+        parts = part_count(-(-self.rank // ranks) * -(-self.rows // 128), -(-self.columns // 256))
+        return parts * self.rows * self.rank if parts > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
         yield Operand("x", self.rows * self.columns * size_of(self.x_dtype), READ)
         yield Operand("factor.data", self.columns * self.rank * size_of(self.factor.dtype), READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("out", self.rows * self.rank * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WRITE)
 
 
 class LowRankUp(ctypes.Structure):
@@ -96,14 +108,21 @@ class LowRankGrad(ctypes.Structure):
     _fields_ = [
         ("u", c_void_p), ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("columns", c_int64),
         ("rank", c_int64), ("alpha", c_float), ("dropout", Dropout), ("grad", c_void_p), ("grad_dtype", c_int32),
-        ("rank_major", c_bool),
+        ("rank_major", c_bool), ("workspace", c_void_p),
     ]  # fmt: skip
+
+    def workspace_size(self) -> int:
+        """low_rank_grad_workspace: 128 columns and up to 32 ranks a block, 256 rows at least."""
+        ranks = 16 if self.rank <= 16 else 32
+        slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128), self.rows // 256)
+        return slabs * self.rank * self.columns if slabs > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
         yield Operand("u", self.rows * self.rank * 4, READ)
         yield Operand("x", self.rows * self.columns * size_of(self.x_dtype), READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("grad", self.columns * self.rank * size_of(self.grad_dtype), WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WRITE)
 
 
 class ColumnSums(ctypes.Structure):
@@ -141,6 +160,65 @@ class DequantizeNf4(ctypes.Structure):
         yield Operand("packed", -(-self.n // 2), READ)
         yield Operand("absmax", -(-self.n // self.block_size) * 4, READ)
         yield Operand("out", self.n * size_of(self.out_dtype), WRITE)
+
+
+class Nf4Matrix(ctypes.Structure):
+    _fields_ = [
+        ("packed", c_void_p), ("absmax", c_void_p), ("codes", c_void_p), ("nested_absmax", c_void_p),
+        ("offset", c_void_p), ("out", c_int64), ("in", c_int64), ("block_size", c_int64),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        n = self.out * getattr(self, "in")
+        blocks = -(-n // self.block_size)
+        yield Operand("weight.packed", n // 2, READ)
+        yield Operand("weight.absmax", blocks * 4, READ)
+        yield Operand("weight.codes", blocks, READ)
+        yield Operand("weight.nested_absmax", -(-blocks // 256) * 4, READ)
+        yield Operand("weight.offset", 4, READ)
+
+
+class Nf4Forward(ctypes.Structure):
+    _fields_ = [
+        ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("u", c_void_p),
+        ("rank", c_int64), ("factor", Factor), ("alpha", c_float), ("out_scale", c_void_p), ("bias", c_void_p),
+        ("z", c_void_p), ("y", c_void_p), ("splits", c_int64), ("workspace", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        out = self.weight.out
+        matrix = self.rows * out * size_of(self.x_dtype)
+        yield from self.weight.operands()
+        yield Operand("x", self.rows * getattr(self.weight, "in") * size_of(self.x_dtype), READ)
+        yield Operand("u", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", out * self.rank * size_of(self.factor.dtype), READ)
+        yield Operand("out_scale", out * 4, READ)
+        yield Operand("bias", out * 4, READ)
+        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("z", matrix, WRITE)
+        yield Operand("y", matrix, WRITE)
+
+    def workspace_size(self) -> int:
+        """nf4_forward_workspace of csrc/nf4_product.h: whole tiles."""
+        tile_rows = next((n for n in (8, 16, 32, 64) if self.rows <= n), 128)
+        tiles = -(-self.rows // tile_rows) * -(-self.weight.out // 128)
+        return self.splits * tiles * tile_rows * 128 if self.splits > 1 else 0
+
+
+class Nf4Gradient(ctypes.Structure):
+    _fields_ = [
+        ("q", c_void_p), ("q_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("dh", c_void_p),
+        ("rank", c_int64), ("factor", Factor), ("dropout", Dropout), ("dx", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        columns = getattr(self.weight, "in")
+        yield Operand("q", self.rows * self.weight.out * 2, READ)
+        yield from self.weight.operands()
+        yield Operand("dh", self.rows * self.rank * 4, READ)
+        yield Operand("factor.data", self.rank * columns * size_of(self.factor.dtype), READ)
+        yield Operand("dropout.seed", 8, READ)
+        yield Operand("dx", self.rows * columns * 2, WRITE)
 
 
 class QuantizeAbsmax(ctypes.Structure):
@@ -396,6 +474,8 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "column_sums": ColumnSums,
     "quantize_nf4": QuantizeNf4,
     "dequantize_nf4": DequantizeNf4,
+    "nf4_forward": Nf4Forward,
+    "nf4_gradient": Nf4Gradient,
     "quantize_absmax": QuantizeAbsmax,
     "dequantize_absmax": DequantizeAbsmax,
     "multi_lora_plan": MultiLoraPlan,
@@ -418,7 +498,7 @@ def wrappers() -> str:
     """C++ that gives every launcher a C name, and checks every field above against the headers."""
     lines = ['#include "kernels.h"', "using namespace peftkern;"]
     lines.append(f"static_assert(kScoreParts == {ImportanceUpdate.SCORE_PARTS});")
-    for struct in (Dropout, Factor, RowGroups, FactorBank, TripletLayer, OrthogonalFactor, *OPS.values()):
+    for struct in (Dropout, Factor, Nf4Matrix, RowGroups, FactorBank, TripletLayer, OrthogonalFactor, *OPS.values()):
         name = struct.__name__
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, *_ in struct._fields_:

@@ -19,6 +19,8 @@ from peftkern import reference
 from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
 from .dora_cases import dora_builders, dora_cases, dora_scheduled
+from .gemm_cases import gemm_builders, gemm_cases, gemm_scheduled
+from .gradient_cases import gradient_builders, gradient_cases, gradient_scheduled
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
 from .ops import (
     BF16,
@@ -104,6 +106,7 @@ def _low_rank_down(rows, columns, rank, x=F32, factor=F32, rank_major=True, p=0.
         x=problem.place("x", values, misaligned), x_dtype=x, rows=rows, columns=columns, rank=rank, factor=argument,
         alpha=alpha, dropout=dropout_argument(problem, p), out=problem.reserve("out", rows * rank),
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped = drop(values, p)
@@ -158,6 +161,7 @@ def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0,
         columns=columns, rank=rank, alpha=alpha, dropout=dropout_argument(problem, p),
         grad=problem.reserve("grad", rank * columns, TORCH_DTYPE[grad]), grad_dtype=grad, rank_major=rank_major,
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped, left = drop(values, p), u.double().T
@@ -297,7 +301,8 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_BUILDERS = {op: (multi_builders | allocation_builders | dora_builders).get(op) or globals()[f"_{op}"] for op in OPS}
+_builders = gemm_builders | multi_builders | allocation_builders | gradient_builders | dora_builders
+_BUILDERS = {op: _builders.get(op) or globals()[f"_{op}"] for op in OPS}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -367,10 +372,13 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
+_other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases(), dora_cases()
+_other_scheduled = gemm_scheduled(), gradient_scheduled(), multi_scheduled(), allocation_scheduled(), dora_scheduled()
+
 CASES = [
     *_low_rank_cases(),
     *_nf4_cases(),
-    *(case(op, **options) for op, options in itertools.chain(multi_cases(), allocation_cases(), dora_cases())),
+    *(case(op, **options) for op, options in itertools.chain(*_other_cases)),
 ]
 
 SCHEDULED = [
@@ -385,9 +393,6 @@ SCHEDULED = [
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),
     case("quantize_absmax", n=3000),
     case("dequantize_absmax", n=3000),
-    *(
-        case(op, **options)
-        for op, options in itertools.chain(multi_scheduled(), allocation_scheduled(), dora_scheduled())
-    ),
+    *(case(op, **options) for op, options in itertools.chain(*_other_scheduled)),
 ]
 """One or more per kernel, for the questions that ask many runs: random schedules and mutations."""

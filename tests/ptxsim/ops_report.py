@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .cudart import CUDA_SOURCES, ROOT, Device
-from .ops import BF16, F32, UPDATE
+from .ops import BF16, F16, F32, UPDATE
 from .ops_cases import Case, case
 
 DOCUMENT = ROOT / "docs" / "simulated.md"
@@ -21,16 +21,35 @@ ARCH = "sm_80"
 
 # Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
 OPERANDS = {
-    "low_rank_down": {"x": "x.load(", "factor": "factor.load(", "out": "args.out["},
+    "low_rank_down": {
+        "x": "x[group][i].load(", "factor": "factor.load(args", "out": "store_as(out, dtype",
+        "out ": "out[row * args.rank", "out  ": "workspace[part * n",
+    },
     "low_rank_up": {
         "u": "load_chunk(args.u", "factor": "factor.load(", "out_scale": "args.out_scale + column",
         "bias": "args.bias + column", "y": "y_chunk[i].load(", "y ": "static_cast<T*>(args.y) + index",
         "z": "static_cast<T*>(args.z) + index",
     },
-    "low_rank_grad": {"x": "next_x.load(", "u": "next_u[i].load(", "grad": "store_as(args.grad"},
+    "low_rank_grad": {
+        "x": "x[i][half].load(", "u": "args.u[row * args.rank", "grad": "store_as(args.grad",
+        "grad ": "workspace[index]", "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
+    },
+    "nf4_gradient": {
+        "q": "copy_async(stage + q_target_", "packed": "copy_async(stage + packed_target_",
+        "absmax": "absmax_of(weight_", "factor": "args.factor.data", "dh": "load_quad(args.dh",
+        "dx": "store_quad(", "table": "kNf4Table[",
+    },
     "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
     "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
+    "nf4_forward": {
+        "x": "copy_async((target", "packed": "copy_async(packed", "absmax": "static_cast<const float*>(blocks_)",
+        "codes": "static_cast<const uint8_t*>(blocks_)", "nested_absmax": "weight_.nested_absmax[",
+        "offset": "*weight_.offset", "table": "kDynamicTable[code]", "table ": "kNf4Table[", "u": "load_quad(args.u",
+        "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale", "bias": "load_quad(args.bias",
+        "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
+        "workspace": "part[i * kForwardThreads]",
+    },
     "quantize_absmax": {
         "absmax, for the mean": "args.absmax[i]", "absmax": "load_chunk(args.absmax", "codes": "args.codes[index",
         "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset", "table": "kDynamicTable[",
@@ -39,6 +58,8 @@ OPERANDS = {
 }  # fmt: skip
 # Where the field of the struct has another name.
 FIELDS = {
+    "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"), "codes": ("codes", "weight.codes"),
+    "nested_absmax": ("nested_absmax", "weight.nested_absmax"), "offset": ("offset", "weight.offset"),
     "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
     "all four": ("codes", "nested_absmax", "offset", "absmax"),
 }  # fmt: skip
@@ -53,6 +74,7 @@ class Row:
 def rows() -> list[Row]:
     down, up, grad = (dict(rows=n, columns=m) for n, m in ((256, 2048), (256, 2048), (2048, 256)))
     plain = dict(out_scale=False, bias=False, z=False)
+    gemm, everything = dict(out=512, columns=1024), dict(rank=16, out_scale=True, bias=True, z=True)
     return [
         Row(case("low_rank_down", **down, rank=8, x=BF16), "256 x 2048 bf16, rank 8"),
         Row(case("low_rank_down", **down, rank=16, x=BF16, p=0.1), "256 x 2048 bf16, rank 16, dropout"),
@@ -60,6 +82,7 @@ def rows() -> list[Row]:
             case("low_rank_down", **down, rank=16, x=BF16, rank_major=False), "256 x 2048 bf16, rank 16, F column-major"
         ),
         Row(case("low_rank_down", **down, rank=32, x=F32), "256 x 2048 f32, rank 32"),
+        Row(case("low_rank_down", rows=2048, columns=256, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
         Row(case("low_rank_up", **up, rank=16, y=BF16, rank_major=False, **plain), "256 x 2048 bf16, rank 16"),
         Row(
             case("low_rank_up", **up, rank=16, y=BF16, p=0.1, **plain),
@@ -70,6 +93,12 @@ def rows() -> list[Row]:
         Row(case("low_rank_grad", **grad, rank=8, x=BF16, p=0.1), "2048 x 256 bf16, rank 8, dropout"),
         Row(case("low_rank_grad", **grad, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
         Row(case("low_rank_grad", **grad, rank=16, x=F32, rank_major=False), "2048 x 256 f32, rank 16, column-major"),
+        Row(case("low_rank_grad", **up, rank=16, x=BF16), "256 x 2048 bf16, rank 16"),
+        Row(
+            case("nf4_gradient", rows=64, out=512, columns=1024, rank=16, p=0.1),
+            "64 x 512 x 1024 bf16, rank 16, dropout",
+        ),
+        Row(case("nf4_gradient", rows=256, out=512, columns=8192), "256 x 512 x 8192 bf16"),
         Row(case("column_sums", **grad, g=BF16), "2048 x 256 bf16"),
         Row(case("column_sums", **grad, g=BF16, z=True), "2048 x 256 bf16, with z"),
         Row(case("column_sums", **grad, g=F32), "2048 x 256 f32"),
@@ -78,6 +107,12 @@ def rows() -> list[Row]:
         Row(case("quantize_nf4", n=2**19, block_size=64, w=F32, special=False), "524,288 f32, blocks of 64"),
         Row(case("dequantize_nf4", n=2**19, block_size=64, out=BF16), "524,288 bf16, blocks of 64"),
         Row(case("dequantize_nf4", n=2**19, block_size=64, out=F32), "524,288 f32, blocks of 64"),
+        Row(case("nf4_forward", **gemm, rows=8, rank=16), "8 x 1024 bf16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=8, splits=4), "8 x 1024 bf16 to 512, 4 splits"),
+        Row(case("nf4_forward", **gemm, rows=16, rank=16, nested=True), "16 x 1024 bf16 to 512, rank 16, nested"),
+        Row(case("nf4_forward", **gemm, rows=64, rank=16, x=F16), "64 x 1024 f16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=128, rank=16), "128 x 1024 bf16 to 512, rank 16"),
+        Row(case("nf4_forward", **gemm, rows=256, **everything), "256 x 1024 bf16 to 512, rank 16, all"),
         Row(case("quantize_absmax", n=2**16), "65,536"),
         Row(case("dequantize_absmax", n=2**16), "65,536"),
     ]
@@ -105,7 +140,9 @@ def count(each: Case) -> tuple[Counter, dict[str, Counter]]:
                 traffic["bytes"] += int(min(stat["bytes"], 32 * stat["sectors"]))
         totals["thread_instructions"] += result.stats["thread_instructions"]
     compulsory = {
-        o.path: o.nbytes * (2 if o.access == UPDATE else 1) for o in problem.args.operands() if o.address(problem.args)
+        o.path: o.nbytes * (2 if o.access == UPDATE else 1)
+        for o in problem.args.operands()
+        if o.address(problem.args) and o.path != "workspace"
     }
     totals["compulsory"] = sum(compulsory.values())
     for name, traffic in operands.items():

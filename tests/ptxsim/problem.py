@@ -53,6 +53,11 @@ class Problem:
         self.offsets[name] = lead
         return self.buffers[name].address + lead
 
+    def reserve_workspace(self) -> None:
+        """What the arguments ask for: uninitialised, and reading what was not written is reported."""
+        if self.args.workspace_size():
+            self.args.workspace = self.reserve("workspace", self.args.workspace_size())
+
     def result(self, name: str, dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
         data = self.buffers[name].numpy(np.uint8)[self.offsets[name] :].copy()
         values = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)

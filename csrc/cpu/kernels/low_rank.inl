@@ -23,10 +23,11 @@ inline void keep_row(const Dropout& d, int64_t row, int64_t column, int64_t n, u
                bits + chunk);
 }
 
-inline uint32_t lane_bits(const uint8_t* bits, int64_t i) {  // of the kWidth columns from i on
-  uint32_t word;
-  std::memcpy(&word, bits + i / 8, 4);
-  return word >> (i % 8);
+// Of the kWidth columns from i on. No byte more: a load that spans two stores of keep_bytes waits for both.
+inline uint32_t lane_bits(const uint8_t* bits, int64_t i) {
+  uint16_t word = 0;
+  std::memcpy(&word, bits + i / 8, kWidth > 8 ? 2 : 1);
+  return static_cast<uint32_t>(word) >> (i % 8);
 }
 
 // tile[i][c] = mask(x[row + i][column + c]) as fp32; columns past the end become 0 up to the next full vector.
@@ -55,15 +56,10 @@ template <class T>
 void pack_down_as(const LowRankDown& a, float* packed, int64_t column0, int64_t column1) {
   const T* factor = static_cast<const T*>(a.factor.data);
   const int64_t ld = padded_rank(a.rank);
-  for (int64_t block = column0; block < column1; block += kColumnUnit) {
-    const int64_t end = smaller(block + kColumnUnit, column1);
-    for (int64_t j = 0; j < ld; ++j) {
-      for (int64_t c = block; c < end; ++c) {
-        const bool real = j < a.rank;
-        const int64_t at = a.factor.rank_major ? j * a.columns + c : c * a.rank + j;
-        packed[c * ld + j] = real ? to_float(factor[at]) : 0.0f;
-      }
-    }
+  if (a.factor.rank_major) {
+    transpose_panel(factor + column0, a.columns, a.rank, column1 - column0, packed + column0 * ld, ld);
+  } else {
+    copy_panel(factor + column0 * a.rank, a.rank, column1 - column0, a.rank, packed + column0 * ld, ld);
   }
 }
 
@@ -127,15 +123,11 @@ void low_rank_down(const LowRankDown& a, const float* packed, float* scratch, in
 template <class T>
 void pack_up_as(const LowRankUp& a, float* packed, int64_t ld, int64_t column0, int64_t column1) {
   const T* factor = static_cast<const T*>(a.factor.data);
-  for (int64_t block = column0; block < column1; block += kColumnUnit) {
-    const int64_t end = smaller(block + kColumnUnit, column1);
-    for (int64_t j = 0; j < a.rank; ++j) {
-      for (int64_t c = block; c < end; ++c) {
-        const bool real = c < a.columns;
-        const int64_t at = a.factor.rank_major ? j * a.columns + c : c * a.rank + j;
-        packed[j * ld + c] = real ? to_float(factor[at]) : 0.0f;
-      }
-    }
+  const int64_t columns = smaller(column1, a.columns) - column0;
+  if (a.factor.rank_major) {
+    copy_panel(factor + column0, a.columns, a.rank, columns, packed + column0, ld);
+  } else {
+    transpose_panel(factor + column0 * a.rank, a.rank, columns, a.rank, packed + column0, ld);
   }
 }
 
@@ -143,26 +135,61 @@ void pack_up(const LowRankUp& a, float* packed, int64_t ld, int64_t column0, int
   dispatch(a.factor.dtype, [&](auto tag) { pack_up_as<decltype(tag)>(a, packed, ld, column0, column1); });
 }
 
-template <class T>
-inline void up_store(const LowRankUp& a, int64_t row, int64_t column, F32 sum, uint32_t bits) {
-  const int64_t at = row * a.columns + column, left = a.columns - column;
-  const bool whole = left >= kWidth;
+// y of one vector of columns, `left` of which are inside the row.
+template <class T, bool kWhole>
+inline void up_store(const LowRankUp& a, int64_t at, int64_t column, int64_t left, F32 sum, const uint8_t* bits,
+                     int64_t bit) {
   T* y = static_cast<T*>(a.y) + at;
-  F32 value = !a.accumulate ? zero() : whole ? load(y) : load_first(y, left);
-  if (a.dropout.threshold) sum = keep(sum, bits);
+  F32 value = !a.accumulate ? zero() : kWhole ? load(y) : load_first(y, left);
+  if (a.dropout.threshold) sum = keep(sum, lane_bits(bits, bit));
   value = fma(sum, set1(a.alpha * a.dropout.scale), value);
   if (a.z) {
     T* z = static_cast<T*>(a.z) + at;
-    whole ? store(z, value) : store_first(z, left, value);
+    kWhole ? store(z, value) : store_first(z, left, value);
   }
-  if (a.out_scale) value = mul(value, whole ? load(a.out_scale + column) : load_first(a.out_scale + column, left));
-  if (a.bias) value = add(value, whole ? load(a.bias + column) : load_first(a.bias + column, left));
-  whole ? store(y, value) : store_first(y, left, value);
+  if (a.out_scale) value = mul(value, kWhole ? load(a.out_scale + column) : load_first(a.out_scale + column, left));
+  if (a.bias) value = add(value, kWhole ? load(a.bias + column) : load_first(a.bias + column, left));
+  kWhole ? store(y, value) : store_first(y, left, value);
+}
+
+// A tile of y: kTileRows rows x kTileVectors vectors. The sums stay in registers where the tile is whole: kept in
+// memory for the sake of an index that is not a constant, they cost a quarter of the time.
+template <class T>
+inline void up_tile(const LowRankUp& a, const float* const* u, const float* packed, int64_t ld, int64_t row,
+                    int64_t rows, int64_t column, int64_t columns, const uint8_t* bits, int64_t bits_ld, int64_t bit) {
+  F32 sum[kTileRows][kTileVectors];
+  for (int i = 0; i < kTileRows; ++i)
+    for (int v = 0; v < kTileVectors; ++v) sum[i][v] = zero();
+  for (int64_t j = 0; j < a.rank; ++j) {
+    F32 factor[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) factor[v] = load(packed + j * ld + column + v * kWidth);
+    for (int i = 0; i < kTileRows; ++i) {
+      const F32 weight = set1(u[i][j]);
+      for (int v = 0; v < kTileVectors; ++v) sum[i][v] = fma(weight, factor[v], sum[i][v]);
+    }
+  }
+  if (rows == kTileRows && columns >= kTileVectors * kWidth) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v)
+        up_store<T, true>(a, (row + i) * a.columns + column + v * kWidth, column + v * kWidth, kWidth, sum[i][v],
+                          bits + i * bits_ld, bit + v * kWidth);
+    return;
+  }
+  float spilled[kTileRows][kTileVectors][kWidth];
+  for (int i = 0; i < kTileRows; ++i)
+    for (int v = 0; v < kTileVectors; ++v) store(spilled[i][v], sum[i][v]);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < smaller(columns, kTileVectors * kWidth); c += kWidth)
+      up_store<T, false>(a, (row + i) * a.columns + column + c, column + c, smaller(columns - c, kWidth),
+                         load(spilled[i][c / kWidth]), bits + i * bits_ld, bit + c);
 }
 
 template <class T>
 void up_rows(const LowRankUp& a, const float* packed, int64_t ld, int64_t row0, int64_t row1) {
-  uint8_t bits[kTileRows][kSpan / 8 + kKeepPad];
+  constexpr int64_t kBits = kSpan / 8 + kKeepPad;
+  uint8_t bits[kTileRows * kBits];
   for (int64_t span = 0; span < a.columns; span += kSpan) {
     const int64_t span_end = smaller(span + kSpan, a.columns);
     for (int64_t row = row0; row < row1; row += kTileRows) {
@@ -170,26 +197,9 @@ void up_rows(const LowRankUp& a, const float* packed, int64_t ld, int64_t row0, 
       const float* u[kTileRows];
       for (int64_t i = 0; i < kTileRows; ++i) u[i] = a.u + (row + smaller(i, rows - 1)) * a.rank;
       if (a.dropout.threshold)
-        for (int64_t i = 0; i < rows; ++i) keep_row(a.dropout, row + i, span, span_end - span, bits[i]);
-      for (int64_t column = span; column < span_end; column += kTileVectors * kWidth) {
-        F32 sum[kTileRows][kTileVectors];
-        for (int i = 0; i < kTileRows; ++i)
-          for (int v = 0; v < kTileVectors; ++v) sum[i][v] = zero();
-        for (int64_t j = 0; j < a.rank; ++j) {
-          F32 factor[kTileVectors];
-          for (int v = 0; v < kTileVectors; ++v) factor[v] = load(packed + j * ld + column + v * kWidth);
-          for (int i = 0; i < kTileRows; ++i) {
-            const F32 weight = set1(u[i][j]);
-            for (int v = 0; v < kTileVectors; ++v) sum[i][v] = fma(weight, factor[v], sum[i][v]);
-          }
-        }
-        for (int i = 0; i < rows; ++i)
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t at = column + v * kWidth;
-            if (at < span_end)
-              up_store<T>(a, row + i, at, sum[i][v], a.dropout.threshold ? lane_bits(bits[i], at - span) : 0);
-          }
-      }
+        for (int64_t i = 0; i < rows; ++i) keep_row(a.dropout, row + i, span, span_end - span, bits + i * kBits);
+      for (int64_t column = span; column < span_end; column += kTileVectors * kWidth)
+        up_tile<T>(a, u, packed, ld, row, rows, column, span_end - column, bits, kBits, column - span);
     }
   }
 }

@@ -85,6 +85,8 @@ inline void column_scores(const Importance& importance, const T* p, const T* g, 
   }
 }
 
+inline float at_least_one(int64_t n) { return n > 0 ? static_cast<float>(n) : 1.0f; }
+
 template <class T>
 inline void update_layer(const ImportanceUpdate& a, const Importance& importance, const TripletLayer& layer,
                          float* scratch) {
@@ -97,7 +99,7 @@ inline void update_layer(const ImportanceUpdate& a, const Importance& importance
     const int64_t row = j * layer.in, at = layer.state + row, at_E = layer.state_E() + j;
     const float of_A = row_score(importance, A + row, grad_A ? grad_A + row : nullptr, s + at, u + at, layer.in);
     const float of_E = row_score(importance, E + j, grad_E ? grad_E + j : nullptr, s + at_E, u + at_E, int64_t{1});
-    a.scores[layer.first + j] = of_E + (of_A / static_cast<float>(layer.in) + of_B[j] / static_cast<float>(layer.out));
+    a.scores[layer.first + j] = of_E + (of_A / at_least_one(layer.in) + of_B[j] / at_least_one(layer.out));
   }
 }
 

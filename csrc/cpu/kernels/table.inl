@@ -2,6 +2,8 @@
 // The kernels that are written once for every instruction set, as the table of one. An instruction set that has
 // something better replaces the member.
 #include "jacobi_svd.inl"
+#include "panel.inl"
+
 #include "low_rank.inl"
 #include "multi_lora.inl"
 #include "nf4.inl"
@@ -28,5 +30,7 @@ constexpr KernelTable kernel_table(const char* name) {
           .squared_row_norms = squared_row_norms,
           .dora_norm = dora_norm,
           .update_importance = update_importance,
-          .jacobi_svd = jacobi_svd};
+          .jacobi_svd = jacobi_svd,
+          .nf4_forward = {},
+          .nf4_gradient = {}};
 }

@@ -4,6 +4,7 @@
 constexpr int kWidth = 8;
 constexpr int kTileRows = 4;  // 4 x 2 sums, 2 factor vectors and 1 broadcast of 16 registers
 constexpr int kTileVectors = 2;
+constexpr int kPanelRows = 6;  // 6 x 2 sums, 2 vectors of W and a broadcast of x in 16 registers
 
 struct F32 {
   __m256 v;
@@ -74,42 +75,45 @@ inline void transpose(F32 (&r)[kWidth]) {
   }
 }
 
-// High and low 32 bits of the 8 products a * m: AVX2 multiplies 32 x 32 -> 64 bits on even lanes only.
-inline void multiply(__m256i a, uint32_t m, __m256i& high, __m256i& low) {
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
-  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+// Even and odd lanes of 2 * kWidth, as they came.
+inline void interleave(F32 even, F32 odd, F32& low, F32& high) {
+  const __m256 l = _mm256_unpacklo_ps(even.v, odd.v), h = _mm256_unpackhi_ps(even.v, odd.v);
+  low.v = _mm256_permute2f128_ps(l, h, 0x20);
+  high.v = _mm256_permute2f128_ps(l, h, 0x31);
+}
+
+// As in avx512.h, 4 chunks.
+inline uint32_t keep_chunks(const PhiloxRow& p, __m256i index, uint32_t threshold) {
+  const __m256i mul0 = _mm256_set1_epi64x(kPhiloxMul0), mul1 = _mm256_set1_epi64x(kPhiloxMul1);
+  const auto word = [](uint32_t w) { return _mm256_set1_epi64x(w); };
+  const auto high = [](__m256i product) { return _mm256_srli_epi64(product, 32); };
+  const auto xor2 = [](__m256i a, __m256i b) { return _mm256_xor_si256(a, b); };
+  __m256i c3 = _mm256_mul_epu32(xor2(index, word(p.a)), mul0);
+  __m256i c1 = _mm256_mul_epu32(xor2(high(c3), word(p.b)), mul1);
+  __m256i c0 = xor2(high(c1), word(p.c)), c2 = xor2(c3, word(p.d));
+  c3 = word(p.e);
+  uint32_t k0 = p.key0, k1 = p.key1;
+  for (int round = 3; round < kPhiloxRounds; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1) {
+    const __m256i p0 = _mm256_mul_epu32(c0, mul0), p1 = _mm256_mul_epu32(c2, mul1);
+    c0 = xor2(xor2(high(p1), c1), word(k0));
+    c2 = xor2(xor2(high(p0), c3), word(k1));
+    c1 = p1;
+    c3 = p0;
+  }
+  const auto pair = [](__m256i a, __m256i b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA); };
+  const __m256i w01 = pair(c0, c1), w23 = pair(c2, c3), lane = _mm256_set1_epi16(0x7fff);
+  const __m256i below = _mm256_set1_epi16(static_cast<int16_t>(threshold - 1));
+  const __m256i even = _mm256_cmpgt_epi16(_mm256_and_si256(_mm256_unpacklo_epi64(w01, w23), lane), below);
+  const __m256i odd = _mm256_cmpgt_epi16(_mm256_and_si256(_mm256_unpackhi_epi64(w01, w23), lane), below);
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even, odd)));
 }
 
 inline void keep_bytes(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold, uint8_t* out) {
-  __m256i c0 = _mm256_set1_epi32(static_cast<int>(row)), c2 = _mm256_set1_epi32(static_cast<int>(row >> 32));
-  __m256i c1 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(chunk)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  __m256i c3 = _mm256_setzero_si256();
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    __m256i high0, low0, high1, low1;
-    multiply(c0, kPhiloxMul0, high0, low0);
-    multiply(c2, kPhiloxMul1, high1, low1);
-    c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), _mm256_set1_epi32(static_cast<int>(k0)));
-    c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), _mm256_set1_epi32(static_cast<int>(k1)));
-    c1 = low1;
-    c3 = low0;
-    k0 += kPhiloxKey0;
-    k1 += kPhiloxKey1;
-  }
-  const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold) - 1), lane = _mm256_set1_epi32(0x7fff);
-  const __m256i word[4] = {c0, c1, c2, c3};
-  __m256i bits = _mm256_setzero_si256();
-  for (int i = 0; i < 4; ++i) {
-    const __m256i low = _mm256_cmpgt_epi32(_mm256_and_si256(word[i], lane), below);
-    const __m256i high = _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_srli_epi32(word[i], 16), lane), below);
-    bits = _mm256_or_si256(bits, _mm256_and_si256(low, _mm256_set1_epi32(1 << (2 * i))));
-    bits = _mm256_or_si256(bits, _mm256_and_si256(high, _mm256_set1_epi32(2 << (2 * i))));
-  }
-  alignas(32) uint32_t lanes[kWidth];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), bits);
-  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<uint8_t>(lanes[i]);
+  const PhiloxRow p = philox_row(seed, row);
+  const __m256i index = _mm256_add_epi64(_mm256_set1_epi64x(chunk), _mm256_setr_epi64x(0, 1, 2, 3));
+  const uint32_t kept[2] = {keep_chunks(p, index, threshold),
+                            keep_chunks(p, _mm256_add_epi64(index, _mm256_set1_epi64x(4)), threshold)};
+  std::memcpy(out, kept, 8);
 }
 
 struct MaxMagnitude {
@@ -205,6 +209,7 @@ template <class T>
 struct CodeValues {
   __m256 low, high;  // values 0..7 and 8..15
 
+  CodeValues() = default;
   explicit CodeValues(float absmax)
       : low(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v),
         high(round_through<T>(mul(load(kNf4Codes + 8), set1(absmax))).v) {}

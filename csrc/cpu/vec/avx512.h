@@ -4,6 +4,7 @@
 constexpr int kWidth = 16;
 constexpr int kTileRows = 8;  // 8 x 2 sums: twice the 4-cycle latency x 2 ports, and one factor load serves 8 rows
 constexpr int kTileVectors = 2;
+constexpr int kPanelRows = 14;  // 14 x 2 sums, 2 vectors of W and a broadcast of x in 32 registers
 
 struct F32 {
   __m512 v;
@@ -18,7 +19,7 @@ inline F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
 inline F32 keep(F32 a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
 
 inline F32 from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-inline __m256i to_bf16(F32 a) {
+inline __m256i round_bits_to_bf16(F32 a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -26,6 +27,7 @@ inline __m256i to_bf16(F32 a) {
                            _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(r);
 }
+inline __m256i to_bf16(F32 a);  // as above, or by the instruction of AVX-512-BF16 (kernels/table_bf16.inl)
 inline __m256i to_f16(F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -68,40 +70,48 @@ inline void transpose(F32 (&r)[kWidth]) {
   }
 }
 
-// High and low 32 bits of the 16 products a * m: the machine multiplies 32 x 32 -> 64 on even lanes only.
-inline void multiply(__m512i a, uint32_t m, __m512i& high, __m512i& low) {
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
-  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
-  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
-  low = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+// Even and odd lanes of 2 * kWidth, as they came.
+inline void interleave(F32 even, F32 odd, F32& low, F32& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low.v = _mm512_permutex2var_ps(even.v, first, odd.v);
+  high.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
+}
+
+// 8 chunks, each in the low half of a 64-bit lane: vpmuludq multiplies 32 x 32 -> 64 there and reads no high half, so
+// the high halves may hold anything. index: which chunk a lane is.
+inline void keep_chunks(const PhiloxRow& p, __m512i index, uint32_t threshold, uint8_t* out) {
+  const __m512i mul0 = _mm512_set1_epi64(kPhiloxMul0), mul1 = _mm512_set1_epi64(kPhiloxMul1);
+  const auto word = [](uint32_t w) { return _mm512_set1_epi64(w); };
+  const auto high = [](__m512i product) { return _mm512_srli_epi64(product, 32); };
+  const auto xor3 = [](__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); };
+  __m512i c3 = _mm512_mul_epu32(_mm512_xor_si512(index, word(p.a)), mul0);
+  __m512i c1 = _mm512_mul_epu32(_mm512_xor_si512(high(c3), word(p.b)), mul1);
+  __m512i c0 = _mm512_xor_si512(high(c1), word(p.c)), c2 = _mm512_xor_si512(c3, word(p.d));
+  c3 = word(p.e);
+  uint32_t k0 = p.key0, k1 = p.key1;
+  for (int round = 3; round < kPhiloxRounds; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1) {
+    const __m512i p0 = _mm512_mul_epu32(c0, mul0), p1 = _mm512_mul_epu32(c2, mul1);
+    c0 = xor3(high(p1), c1, word(k0));
+    c2 = xor3(high(p0), c3, word(k1));
+    c1 = p1;
+    c3 = p0;
+  }
+  // Each chunk's four words side by side are its 8 lanes of 16 bits: even 64-bit lanes, then odd ones.
+  const auto pair = [](__m512i a, __m512i b) {  // low halves of a and b
+    return _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a), 0xAAAA, _mm512_castsi512_ps(b)));
+  };
+  const __m512i w01 = pair(c0, c1), w23 = pair(c2, c3);
+  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold)), lane = _mm512_set1_epi16(0x7fff);
+  const uint32_t kept[2] = {_mm512_cmpge_epi16_mask(_mm512_and_si512(_mm512_unpacklo_epi64(w01, w23), lane), limit),
+                            _mm512_cmpge_epi16_mask(_mm512_and_si512(_mm512_unpackhi_epi64(w01, w23), lane), limit)};
+  std::memcpy(out, kept, 8);
 }
 
 inline void keep_bytes(uint64_t seed, uint64_t row, uint32_t chunk, uint32_t threshold, uint8_t* out) {
-  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i c0 = _mm512_set1_epi32(static_cast<int>(row)), c2 = _mm512_set1_epi32(static_cast<int>(row >> 32));
-  __m512i c1 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(chunk)), index), c3 = _mm512_setzero_si512();
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    __m512i high0, low0, high1, low1;
-    multiply(c0, kPhiloxMul0, high0, low0);
-    multiply(c2, kPhiloxMul1, high1, low1);
-    c0 = _mm512_xor_si512(_mm512_xor_si512(high1, c1), _mm512_set1_epi32(static_cast<int>(k0)));
-    c2 = _mm512_xor_si512(_mm512_xor_si512(high0, c3), _mm512_set1_epi32(static_cast<int>(k1)));
-    c1 = low1;
-    c3 = low0;
-    k0 += kPhiloxKey0;
-    k1 += kPhiloxKey1;
-  }
-  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold)), lane = _mm512_set1_epi32(0x7fff);
-  const __m512i word[4] = {c0, c1, c2, c3};
-  __m512i bits = _mm512_setzero_si512();
-  for (int i = 0; i < 4; ++i) {
-    const __mmask16 low = _mm512_cmpge_epu32_mask(_mm512_and_si512(word[i], lane), limit);
-    const __mmask16 high = _mm512_cmpge_epu32_mask(_mm512_and_si512(_mm512_srli_epi32(word[i], 16), lane), limit);
-    bits = _mm512_mask_or_epi32(bits, low, bits, _mm512_set1_epi32(1 << (2 * i)));
-    bits = _mm512_mask_or_epi32(bits, high, bits, _mm512_set1_epi32(2 << (2 * i)));
-  }
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(bits));
+  const PhiloxRow p = philox_row(seed, row);
+  const __m512i index = _mm512_add_epi64(_mm512_set1_epi64(chunk), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  keep_chunks(p, index, threshold, out);
+  keep_chunks(p, _mm512_add_epi64(index, _mm512_set1_epi64(8)), threshold, out + 8);
 }
 
 struct MaxMagnitude {
@@ -164,6 +174,7 @@ struct NibbleTable {
   static constexpr int kElements = 32;
   __m512i value;  // the 16 values, twice
 
+  explicit NibbleTable(__m512i values) : value(values) {}
   explicit NibbleTable(float absmax) {
     alignas(32) T rounded[16];
     store(rounded, mul(load(kNf4Codes), set1(absmax)));
@@ -209,6 +220,7 @@ template <class T>
 struct CodeValues {
   __m512 value;
 
+  CodeValues() = default;
   explicit CodeValues(float absmax) : value(round_through<T>(mul(load(kNf4Codes), set1(absmax))).v) {}
 
   void lookup(const uint8_t* packed, F32& even, F32& odd) const {  // vpermps reads bits 0..3 of each index
