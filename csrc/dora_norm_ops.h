@@ -61,23 +61,13 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   Terms base = t;
   base.A = base.B = std::nullopt;
   base.rank = 0;
-  const Tensor product = make(backend, ForwardProduct{base, a, std::nullopt, std::nullopt, std::nullopt});
-  Tensor G = empty(A, {t.rank, t.rank}, ScalarType::Float);
-  if (t.rank) {
-    backend.low_rank_down({.x = a.const_data_ptr(),
-                           .x_dtype = DType::f32,
-                           .rows = t.rank,
-                           .columns = t.in,
-                           .rank = t.rank,
-                           .factor = factor(a, true, "A"),
-                           .alpha = 1.0f,
-                           .dropout = {},
-                           .out = floats(G)});
-  }
+  const Tensor P = make(backend, ForwardProduct{base, a, std::nullopt, std::nullopt, std::nullopt});
+  const Tensor a64 = to_dtype(a, ScalarType::Double);
+  const Tensor G = product(a64, call_aten("aten::t", "", a64));
   Tensor norm = empty(A, {t.out}, ScalarType::Float);
   const DoraNorm args{.w2 = static_cast<const double*>(squares.const_data_ptr()),
-                      .P = const_floats(product),
-                      .G = const_floats(G),
+                      .P = const_floats(P),
+                      .G = static_cast<const double*>(G.const_data_ptr()),
                       .B = b.const_data_ptr(),
                       .B_dtype = dtype_of(b, "B"),
                       .rows = t.out,

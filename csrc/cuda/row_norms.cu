@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SquaredRowNorms and DoraNorm of dora_norm.h
 //
-//   out[n] = sum over c of W[n, c]^2                                        bound by reading W, once for a frozen
-//   weight norm[n] = sqrt(w2[n] + s sum_i B[n, i] (2 P[i, n] + s sum_j G[j, i] B[n, j]))
+//   out[n] = sum over c of W[n, c]^2                      bound by reading W, once for a frozen weight
+//   norm[n] = sqrt(w2[n] + s sum_i B[n, i] (2 P[i, n] + s sum_j G[j, i] B[n, j]))
 //
 // A warp makes a row in both. In the first its lanes take chunks of 8, in the second ranks i: they read G along its
 // rows, and B[n, j] is one address for all of them. Each lane's terms are added in order, the lanes by a tree: the
-// result depends on the shape alone.
+// result depends on the shape alone. Sums are in fp64, also where a GPU has one fp64 unit for 64 of fp32: the first
+// kernel runs once for a frozen weight, the second has rank^2 terms a row.
 #include "chunk.cuh"
 #include "kernels.h"
 
@@ -21,12 +22,9 @@ __device__ __forceinline__ double sum_of_warp(double v) {
   return v;
 }
 
-// fp32 within a chunk, fp64 across: some GPUs have one fp64 unit for 64 of fp32.
-__device__ __forceinline__ double square_of(const float (&v)[kChunk]) {
-  float sum = 0.0f;
+__device__ __forceinline__ void add_squares(const float (&v)[kChunk], double& sum) {
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) sum = fmaf(v[j], v[j], sum);
-  return sum;
+  for (int j = 0; j < kChunk; ++j) sum = fma(static_cast<double>(v[j]), static_cast<double>(v[j]), sum);
 }
 
 template <class T>
@@ -39,7 +37,7 @@ __global__ void __launch_bounds__(kNormThreads) squared_row_norms_kernel(Squared
   for (int64_t column = threadIdx.x % 32 * kChunk; column < args.columns; column += 32 * kChunk) {
     float v[kChunk];
     load_chunk(w + column, args.columns - column, aligned, v);
-    sum += square_of(v);
+    add_squares(v, sum);
   }
   sum = sum_of_warp(sum);
   if (threadIdx.x % 32 == 0) args.out[row] = sum;
@@ -72,7 +70,7 @@ __global__ void __launch_bounds__(kNormThreads)
       const uint32_t code = inside ? packed[i / 2] >> (j % 2 == 0 ? 4 : 0) & 15 : 0;  // even: the high nibble
       v[j] = inside ? __fmul_rn(table[code][lane], absmax) : 0.0f;
     }
-    sum += square_of(v);
+    add_squares(v, sum);
   }
   sum = sum_of_warp(sum);
   if (lane == 0) args.out[row] = sum;
@@ -100,10 +98,11 @@ __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(DoraNorm args) 
   const T* b = static_cast<const T*>(args.B) + row * args.rank;
   double sum = 0.0;
   for (int64_t i = threadIdx.x % 32; i < args.rank; i += 32) {
-    float quadratic = 0.0f;
-    for (int64_t j = 0; j < args.rank; ++j) quadratic = fmaf(args.G[j * args.rank + i], to_float(b[j]), quadratic);
+    double quadratic = 0.0;
+    for (int64_t j = 0; j < args.rank; ++j)
+      quadratic = fma(args.G[j * args.rank + i], static_cast<double>(to_float(b[j])), quadratic);
     const double cross = 2.0 * args.P[i * args.rows + row];
-    sum += args.scaling * to_float(b[i]) * (cross + args.scaling * quadratic);
+    sum = fma(args.scaling * to_float(b[i]), fma(args.scaling, quadratic, cross), sum);
   }
   sum = args.w2[row] + sum_of_warp(sum);
   if (threadIdx.x % 32 == 0) args.norm[row] = sum <= 0.0 ? 0.0f : static_cast<float>(sqrt(sum));  // a NaN stays one

@@ -30,9 +30,14 @@ def dora_norm(
 
     P is one product of r rows with the weight, in float32, autocast or not, and made as a layer makes its own: a weight
     of another dtype is cast for it, an NF4 one dequantized unless there is a kernel that need not. |W[n]|^2 is that of
-    a frozen weight: a cache keeps it between calls. The three terms are added in float64, but P and G are float32: the
-    square is off by some 1e-7 of the squares that are added. Where ``scaling * B A`` cancels a row of W, that is all
-    there is: up to 3e-4 of |W[n]| + |scaling B A[n]|.
+    a frozen weight: a cache keeps it between calls. All but P is in float64, so the error is that of P, whose sums of
+    ``in`` products are off by at most ``in * 2**-24`` of their magnitudes (by more if torch is told to use TF32)::
+
+        |error of norm[n]^2| <= in * 2**-24 * 2 |W[n]| · |scaling| |B[n]| |A| <= in * 2**-25 * size^2
+        size = ||W[n]|| + || |scaling| |B[n]| |A| ||
+
+    So where nothing cancels the norm is as good as float32 holds it. Where ``scaling * B A`` cancels a row of W, what
+    is left is off by at most ``sqrt(in * 2**-25) * size``.
 
     >>> W, A, B = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
     >>> torch.allclose(dora_norm(W, A, B, 0.5), (W + 0.5 * B @ A).norm(dim=1), rtol=1e-5)
@@ -49,7 +54,7 @@ def dora_norm(
     def squares() -> Tensor:
         return _squared_row_norms(*base, out_features, A.shape[1])
 
-    stored = [data] if absmax is None else [data, absmax]
+    stored = [t for t in base[:4] if t is not None]
     w2 = squares() if cache is None else cache.get("dora_norm", (), stored, squares)
     with torch.autocast(A.device.type, enabled=False):
         return _dora_norm(*base, A, B, w2, scaling)

@@ -353,7 +353,7 @@ class DoraNorm(ctypes.Structure):
     def operands(self) -> Iterator[Operand]:
         yield Operand("w2", self.rows * 8, READ)
         yield Operand("P", self.rank * self.rows * 4, READ)
-        yield Operand("G", self.rank * self.rank * 4, READ)
+        yield Operand("G", self.rank * self.rank * 8, READ)
         yield Operand("B", self.rows * self.rank * size_of(self.B_dtype), READ)
         yield Operand("norm", self.rows * 4, WRITE)
 

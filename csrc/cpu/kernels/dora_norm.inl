@@ -1,24 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// DoRA's norms (dora_norm.h) for a range of rows.
+// DoRA's norms (dora_norm.h) for a range of rows. Sums are in fp64, in lanes that the compiler makes vectors of.
 
-// So many squares are summed in fp32, their sums in fp64.
-constexpr int64_t kSquares = 1024;
+struct Squares {
+  double lanes[kWidth] = {};
+
+  void add(F32 v) {
+    float values[kWidth];
+    store(values, v);
+    for (int64_t lane = 0; lane < kWidth; ++lane) lanes[lane] += static_cast<double>(values[lane]) * values[lane];
+  }
+  void add(float v) { lanes[0] += static_cast<double>(v) * v; }
+  double total() const {
+    double sum = 0.0;
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
 
 template <class T>
 void squared_dense_rows(const SquaredRowNorms& a, int64_t row0, int64_t row1) {
   for (int64_t row = row0; row < row1; ++row) {
     const T* w = static_cast<const T*>(a.weight) + row * a.columns;
-    double total = 0.0;
-    for (int64_t span = 0; span < a.columns; span += kSquares) {
-      const int64_t end = smaller(span + kSquares, a.columns);
-      F32 sum = zero();
-      for (int64_t c = span; c < end; c += kWidth) {
-        const F32 v = c + kWidth <= end ? load(w + c) : load_first(w + c, end - c);
-        sum = fma(v, v, sum);
-      }
-      total += static_cast<double>(sum_lanes(sum));
-    }
-    a.out[row] = total;
+    Squares squares;
+    for (int64_t c = 0; c < a.columns; c += kWidth)
+      squares.add(c + kWidth <= a.columns ? load(w + c) : load_first(w + c, a.columns - c));
+    a.out[row] = squares.total();
   }
 }
 
@@ -27,28 +33,25 @@ void squared_nf4_rows(const SquaredRowNorms& a, int64_t row0, int64_t row1) {
   const uint8_t* packed = static_cast<const uint8_t*>(a.weight);
   for (int64_t row = row0; row < row1; ++row) {
     const int64_t row_end = (row + 1) * a.columns;
-    double total = 0.0;
+    Squares squares;
     for (int64_t i = row * a.columns; i < row_end;) {
       const int64_t block = i / a.block_size, end = smaller((block + 1) * a.block_size, row_end);
       const CodeValues<float> values(a.absmax[block]);
-      F32 sum = zero();
-      float rest = 0.0f;
       while (i < end) {
         if (i % 2 == 0 && i + 2 * kWidth <= end) {
           F32 even, odd;
           values.lookup(packed + i / 2, even, odd);
-          sum = fma(odd, odd, fma(even, even, sum));
+          squares.add(even);
+          squares.add(odd);
           i += 2 * kWidth;
         } else {
           const uint32_t code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
-          const float v = kNf4Codes[code] * a.absmax[block];
-          rest += v * v;
+          squares.add(kNf4Codes[code] * a.absmax[block]);
           ++i;
         }
       }
-      total += static_cast<double>(sum_lanes(sum)) + static_cast<double>(rest);
     }
-    a.out[row] = total;
+    a.out[row] = squares.total();
   }
 }
 
@@ -57,22 +60,23 @@ void squared_row_norms(const SquaredRowNorms& a, int64_t row0, int64_t row1) {
   dispatch(a.dtype, [&](auto tag) { squared_dense_rows<decltype(tag)>(a, row0, row1); });
 }
 
+constexpr int64_t kNormRanks = 64;  // whose sums are made at a time
+
 template <class T>
 void dora_norm_rows(const DoraNorm& a, int64_t row0, int64_t row1) {
   for (int64_t row = row0; row < row1; ++row) {
     const T* b = static_cast<const T*>(a.B) + row * a.rank;
     double squared = a.w2[row];
-    for (int64_t i = 0; i < a.rank; ++i) {
-      const float* g = a.G + i * a.rank;
-      F32 sum = zero();
-      for (int64_t j = 0; j < a.rank; j += kWidth) {
-        const int64_t left = a.rank - j;
-        sum = left >= kWidth ? fma(load(b + j), load(g + j), sum)
-                             : fma(load_first(b + j, left), load_first(g + j, left), sum);
+    for (int64_t first = 0; first < a.rank; first += kNormRanks) {
+      const int64_t ranks = smaller(kNormRanks, a.rank - first);
+      double sums[kNormRanks];  // 2 P + s G B
+      for (int64_t i = 0; i < ranks; ++i) sums[i] = 2.0 * static_cast<double>(a.P[(first + i) * a.rows + row]);
+      for (int64_t j = 0; j < a.rank; ++j) {
+        const double* g = a.G + j * a.rank + first;
+        const double factor = a.scaling * static_cast<double>(to_float(b[j]));
+        for (int64_t i = 0; i < ranks; ++i) sums[i] += factor * g[i];
       }
-      const double cross = 2.0 * static_cast<double>(a.P[i * a.rows + row]);
-      squared +=
-          a.scaling * static_cast<double>(to_float(b[i])) * (cross + a.scaling * static_cast<double>(sum_lanes(sum)));
+      for (int64_t i = 0; i < ranks; ++i) squared += a.scaling * static_cast<double>(to_float(b[first + i])) * sums[i];
     }
     a.norm[row] = squared <= 0.0 ? 0.0f : static_cast<float>(__builtin_sqrt(squared));  // a NaN stays one
   }
