@@ -6,6 +6,7 @@ in the whole. An index that wraps at 32 bits lands where nothing is, or on anoth
 
 from __future__ import annotations
 
+import bisect
 import itertools
 
 import numpy as np
@@ -14,7 +15,20 @@ import torch
 from conftest import assert_close
 from ptxsim import buffer, cudart
 from ptxsim.cudart import Device
-from ptxsim.ops import BF16, F32, ColumnSums, DequantizeNf4, Dropout, Factor, LowRankDown, LowRankGrad, LowRankUp
+from ptxsim.ops import (
+    BF16,
+    F32,
+    ColumnSums,
+    DequantizeNf4,
+    Dropout,
+    Factor,
+    LowRankDown,
+    LowRankGrad,
+    LowRankUp,
+    Nf4Forward,
+    Nf4Gradient,
+    Nf4Matrix,
+)
 from ptxsim.problem import SEED, TORCH_DTYPE, as_bytes, random, threshold_of
 
 from peftkern import reference
@@ -40,13 +54,16 @@ class EndsOnly(Device):
 
 
 class Large:
-    """A matrix [rows, columns] of which only ends exist: the first and last EDGE rows, or columns of all rows."""
+    """A matrix [rows, columns] of which only ends exist: the first and last EDGE rows, or columns of all rows. A small
+    one exists."""
 
     def __init__(self, device: Device, rows: int, columns: int, dtype: torch.dtype, name: str, writable: bool = False):
         self.address, self.columns, self.dtype = (1 << 50) + (next(_bases) << 40), columns, dtype
         self.values: list[tuple[int, torch.Tensor, object]] = []  # first element, values, buffer
         if rows > 2 * EDGE:
             spans = [(0, EDGE * columns), ((rows - EDGE) * columns, EDGE * columns)]
+        elif columns <= 2 * EDGE:
+            spans = [(0, rows * columns)]
         else:
             spans = [(row * columns + at, EDGE) for row in range(rows) for at in (0, columns - EDGE)]
         for first, count in spans:
@@ -58,6 +75,13 @@ class Large:
                 memory.state[:] = 0
             self.values.append((first, values, memory))
             device.buffers.append(memory)
+
+    def part(self, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
+        pieces = []
+        for start in ((row + i) * self.columns + column for i in range(rows)):
+            first, values, _ = self.values[bisect.bisect(self.values, start, key=lambda span: span[0]) - 1]
+            pieces.append(values[start - first :][:columns])
+        return torch.stack(pieces)
 
     def written(self):
         """Each run of elements that a kernel wrote: index of the first, values."""
@@ -113,7 +137,7 @@ def test_low_rank_down_and_up(rank_major):
             width = rank if op == "low_rank_down" else columns
             row, end = first // width, -(-(first + got.numel()) // width)
             edge = int(row > EDGE)
-            keep = _keep(row, end, columns, threshold)
+            keep = _keep(row, end, 0, columns, threshold)
             base = x.values[edge][0] // columns
             inner = slice(row - base, end - base)
             scale = 32768 / (32768 - threshold)
@@ -128,21 +152,12 @@ def test_low_rank_down_and_up(rank_major):
         assert seen == rows * (rank if op == "low_rank_down" else columns), "the last block did not write the end"
 
 
-def _keep(row: int, end: int, columns: int, threshold: int) -> torch.Tensor:
-    """reference.dropout_mask for rows [row, end)."""
-    rows, chunk = torch.arange(row, end)[:, None], torch.arange(columns // 8)[None, :]
+def _keep(row: int, end: int, column: int, columns: int, threshold: int) -> torch.Tensor:
+    """reference.dropout_mask for rows [row, end) and so many columns from one on, both multiples of 8."""
+    rows, chunk = torch.arange(row, end)[:, None], torch.arange(column // 8, (column + columns) // 8)[None, :]
     words = reference.philox4x32(rows & 0xFFFFFFFF, chunk, rows >> 32, torch.zeros_like(rows), SEED, rounds=7)
     lanes = torch.stack([lane for word in words for lane in (word & 0x7FFF, (word >> 16) & 0x7FFF)], dim=-1)
     return (lanes >= threshold).flatten(1)
-
-
-def _columns_of(large: Large, rows: int, first: int, count: int) -> torch.Tensor:
-    """[rows, count] from column `first` of a matrix that has the ends of its rows."""
-    pieces = []
-    for row in range(rows):
-        start, values, _ = large.values[2 * row + (first >= EDGE)]
-        pieces.append(values[row * large.columns + first - start :][:count])
-    return torch.stack(pieces).double()
 
 
 @pytest.mark.parametrize("op", ["low_rank_grad", "column_sums"])
@@ -164,8 +179,73 @@ def test_sums_over_rows(op):
     seen = 0
     for first, got in out.written():
         j, column = divmod(first, columns)
-        terms = _columns_of(x, rows, column, got.numel())
+        terms = x.part(0, rows, column, got.numel()).double()
         expected = u[:, j].double() @ terms if op == "low_rank_grad" else terms.sum(0)
         assert_close(got, expected, torch.float32, op)
         seen = max(seen, first + got.numel())
     assert seen == columns * (rank if op == "low_rank_grad" else 1), "the last block did not write the end"
+
+
+class LargeNf4:
+    """A weight [out, columns] in blocks of 64."""
+
+    def __init__(self, device: Device, out: int, columns: int):
+        self.packed = Large(device, out, columns // 2, torch.uint8, "packed")
+        self.absmax = Large(device, out, columns // 64, torch.float32, "absmax")
+        self.matrix = Nf4Matrix(packed=self.packed.address, absmax=self.absmax.address, out=out, block_size=64)
+        setattr(self.matrix, "in", columns)
+
+    def part(self, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
+        """In float64; from a block's first column on."""
+        blocks = -(-columns // 64)
+        packed = self.packed.part(row, rows, column // 2, 32 * blocks)
+        absmax = self.absmax.part(row, rows, column // 64, blocks)
+        values = reference.dequantize_nf4(packed, absmax.flatten(), 64, (rows, 64 * blocks), torch.bfloat16)
+        return values[:, :columns].double()
+
+
+@pytest.mark.parametrize(("rows", "out"), [(2**22 + 3, 520), (260, 2**23 + 40)], ids=["tall", "wide"])
+def test_nf4_forward(rows, out):
+    """x and y, or the weight's bytes and y, past 2^31."""
+    device, columns, rank = EndsOnly("sm_80"), 512, 3
+    x, weight = Large(device, rows, columns, torch.bfloat16, "x"), LargeNf4(device, out, columns)
+    u, f = Large(device, rows, rank, torch.float32, "u"), Large(device, out, rank, torch.float32, "factor")
+    y = Large(device, rows, out, torch.bfloat16, "y", writable=True)
+    args = Nf4Forward(
+        x=x.address, x_dtype=BF16, rows=rows, weight=weight.matrix, u=u.address, rank=rank,
+        factor=Factor(f.address, F32, False), alpha=8.0, y=y.address, splits=1,
+    )  # fmt: skip
+    device.run("nf4_forward", args)
+    seen = 0
+    for first, got in y.written():
+        row, column = divmod(first, out)
+        product = x.part(row, 1, 0, columns).double() @ weight.part(column, got.numel(), 0, columns).T
+        low_rank = u.part(row, 1, 0, rank).double() @ f.part(column, got.numel(), 0, rank).double().T
+        assert_close(got, (product + 8 * low_rank)[0], torch.bfloat16, "nf4_forward")
+        seen = max(seen, first + got.numel())
+    assert seen == rows * out, "the last block did not write the end"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**22 + 3, 576), (260, 2**23 + 64)], ids=["tall", "wide"])
+def test_nf4_gradient(rows, columns):
+    """q and dx, or the weight's bytes and dx, past 2^31."""
+    device, out, rank, threshold = EndsOnly("sm_80"), 520, 3, threshold_of(0.2)
+    q, weight = Large(device, rows, out, torch.bfloat16, "q"), LargeNf4(device, out, columns)
+    dh, f = Large(device, rows, rank, torch.float32, "dh"), Large(device, rank, columns, torch.float32, "factor")
+    dx = Large(device, rows, columns, torch.bfloat16, "dx", writable=True)
+    scale = 32768 / (32768 - threshold)
+    args = Nf4Gradient(
+        q=q.address, q_dtype=BF16, rows=rows, weight=weight.matrix, dh=dh.address, rank=rank,
+        factor=Factor(f.address, F32, True), dx=dx.address,
+        dropout=Dropout(small(device, torch.tensor([SEED]), "seed"), threshold, scale),
+    )  # fmt: skip
+    device.run("nf4_gradient", args)
+    seen = 0
+    for first, got in dx.written():
+        row, column = divmod(first, columns)
+        product = q.part(row, 1, 0, out).double() @ weight.part(0, out, column, got.numel())
+        low_rank = dh.part(row, 1, 0, rank).double() @ f.part(0, rank, column, got.numel()).double()
+        keep = _keep(row, row + 1, column, got.numel(), threshold)
+        assert_close(got, (product + scale * keep * low_rank)[0], torch.bfloat16, "nf4_gradient")
+        seen = max(seen, first + got.numel())
+    assert seen == rows * columns, "the last block did not write the end"
