@@ -12,6 +12,7 @@
 #include "backend.h"
 #include "convert.h"
 #include "kernels.h"
+#include "split.h"
 
 namespace peftkern {
 
@@ -39,7 +40,7 @@ void multiply_down(const KernelTable& k, const void* x, DType x_dtype, int64_t r
                          .dropout = {},
                          .out = out};
   const int64_t ld = k.padded_rank(rank);
-  std::vector<float> packed(static_cast<size_t>((columns + 1) / 2 * 2 * ld));
+  std::vector<float> packed(static_cast<size_t>(cpu::round_up(columns, cpu::kMaxLanes) * ld));
   std::vector<float> scratch(static_cast<size_t>(cpu::kRowBlock * ld));
   k.pack_down(args, packed.data(), 0, columns);
   k.low_rank_down(args, packed.data(), scratch.data(), 0, rows);
@@ -98,7 +99,7 @@ void gram_grad(const KernelTable& k, const OrthogonalFactor& f, const float* D, 
                          .y = f.grad,
                          .y_dtype = f.dtype};
     const int64_t ld = ceil_div(f.columns, cpu::kColumnUnit) * cpu::kColumnUnit;
-    std::vector<float> packed(static_cast<size_t>(f.rank * ld));
+    std::vector<float> packed(static_cast<size_t>(cpu::round_up(f.rank, cpu::kMaxLanes) * ld));
     k.pack_up(args, packed.data(), ld, 0, ld);
     k.low_rank_up(args, packed.data(), ld, 0, f.rank);
     return;
