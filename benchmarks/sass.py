@@ -6,8 +6,9 @@
 
 For each kernel with tensor-core instructions (HMMA) and each architecture: the instructions of its main loop, which is
 the loop with the most HMMA, how many there are for an HMMA, and the longest stretch without one, in which the tensor
-cores have nothing to do from this warp. The stretch goes round the end of the loop. Needs cuobjdump: of a CUDA toolkit,
-or of the package nvidia-cuda-cuobjdump.
+cores have nothing to do from this warp. The stretch goes round the end of the loop. Where another loop around it has
+no HMMA of its own, the work between them counts too, but how often is not in the code: its size is told beside.
+Needs cuobjdump: of a CUDA toolkit, or of the package nvidia-cuda-cuobjdump.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ FLAGS = ("-O3", "-std=c++20", "--fmad=false")  # of setup.py, as far as they cha
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loop of a kernel. spills: loads and stores of local memory in the whole kernel."""
+    """The main loop of a kernel. around: instructions of the smallest loop around it, 0 for none; spills: loads and
+    stores of local memory in the whole kernel."""
 
     kernel: str
     instructions: int
     hmma: int
     longest_gap: int
+    around: int
     spills: int
 
     @property
@@ -81,12 +84,17 @@ def opcode(instruction: str) -> str:
 def main_loop(name: str, code: list[tuple[int, str]]) -> Loop | None:
     """None for a kernel without an HMMA in a loop."""
     best: list[str] = []
+    loops: list[list[str]] = []
     for address, instruction in code:
         jump = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)|\bBRA\S*\s+0x([0-9a-f]+)", instruction)
         if not jump or int(jump.group(1) or jump.group(2), 16) > address:
             continue
         start = int(jump.group(1) or jump.group(2), 16)
-        body = [opcode(each) for at, each in code if start <= at <= address]
+        inside = [each for at, each in code if start <= at <= address]
+        if "EXIT" in inside:  # no loop: code that was moved behind the end jumps back
+            continue
+        body = [opcode(each) for each in inside]
+        loops.append(body)
         if (_hmma(body), -len(body)) > (_hmma(best), -len(best)):
             best = body
     if not _hmma(best):
@@ -94,7 +102,8 @@ def main_loop(name: str, code: list[tuple[int, str]]) -> Loop | None:
     at = [i for i, op in enumerate(best) if op.startswith("HMMA")]
     gaps = [b - a - 1 for a, b in zip(at, [*at[1:], at[0] + len(best)], strict=True)]
     spills = sum(opcode(each).startswith(("LDL", "STL")) for _, each in code)
-    return Loop(name, len(best), len(at), max(gaps), spills)
+    around = min((len(body) for body in loops if _hmma(body) == len(at) and len(body) > len(best)), default=0)
+    return Loop(name, len(best), len(at), max(gaps), around, spills)
 
 
 def _hmma(ops: list[str]) -> int:
@@ -113,16 +122,16 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"\(.*\)$", "", re.sub(r"^void ", "", name)) for name in done]
 
 
-def uses_tensor_cores(source: Path) -> bool:
-    """By itself or by a header that it includes."""
-    text = source.read_text()
-    included = (source.parent / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE))
-    return "mma.sync" in text or any(map(uses_tensor_cores, included))
+def with_headers(path: Path) -> str:
+    """The text of a source and of all headers beside it that it includes, directly or not."""
+    text = path.read_text()
+    headers = (path.parent / name for name in re.findall(r'#include "(\w+\.cuh)"', text))
+    return text + "".join(map(with_headers, headers))
 
 
 def compiled(arch: str, folder: Path) -> list[Path]:
     """Cubins of csrc/cuda's kernels that use tensor cores."""
-    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if uses_tensor_cores(p)]
+    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if "mma.sync" in with_headers(p)]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.cubin"
@@ -142,8 +151,8 @@ def main() -> int:
     parser.add_argument("--arch", action="append", help="may be given several times (default: sm_90)")
     parser.add_argument("--only", default="", metavar="REGEX", help="kernels whose name matches")
     args = parser.parse_args()
-    print("| kernel | arch | main loop | HMMA | per HMMA | longest stretch without | spills |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print("| kernel | arch | main loop | HMMA | per HMMA | longest stretch without | in a loop of | spills |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     found = 0
     for arch in args.arch or ["sm_90"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +161,8 @@ def main() -> int:
         for name, loop in zip(demangled([loop.kernel for loop in loops]), loops, strict=True):
             if re.search(args.only, name):
                 found += 1
-                figures = (
-                    f"{loop.instructions} | {loop.hmma} | {loop.per_hmma:.2f} | {loop.longest_gap} | {loop.spills}"
-                )
-                print(f"| `{name}` | {arch} | {figures} |")
+                counts = f"{loop.instructions} | {loop.hmma} | {loop.per_hmma:.2f} | {loop.longest_gap}"
+                print(f"| `{name}` | {arch} | {counts} | {loop.around or '-'} | {loop.spills} |")
     if not found:
         print("no kernel with an HMMA in a loop", file=sys.stderr)
     return 0 if found else 1

@@ -64,6 +64,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "Tensor? offset, int block_size, "
       "int in_features, Tensor? h, Tensor A, Tensor B, Tensor plan, Tensor? ranks, Tensor? scalings, float scaling, "
       "float dropout_p, Tensor? seed, int needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)");
+  // dora_norm
+  m.def(
+      "squared_row_norms(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int block_size, "
+      "int out_features, int in_features) -> Tensor");
+  m.def(
+      "dora_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int block_size, Tensor A, "
+      "Tensor B, Tensor w2, float scaling) -> Tensor");
   // rank_allocation
   m.def(
       "update_importance_(Tensor[] A, Tensor[] E, Tensor[] B, Tensor?[] grad_A, Tensor?[] grad_E, Tensor?[] grad_B, "

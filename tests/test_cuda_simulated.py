@@ -35,6 +35,7 @@ from test_rank_allocation import as_parameters, make_layers, new_state, replace_
 import peftkern
 from peftkern import reference
 from peftkern.ops import jacobi_svd, mask_ranks, multi_lora, orthogonality_penalty, rank_mask, update_importance
+from peftkern.ops.dora_norm import dora_norm
 from peftkern.ops.rank_allocation import TripletTable
 
 pytestmark = pytest.mark.slow
@@ -363,6 +364,21 @@ def test_nf4_on_simulated_kernels(sample):
         a, b = getattr(got, part), getattr(expected, part)
         assert (a is None and b is None) or (a.equal(b) and a.shape == b.shape), part
     assert values.equal(peftkern.dequantize_nf4(expected))
+
+
+@pytest.mark.parametrize("double_quant", [None, False, True])
+def test_dora_norm_on_simulated_kernels(double_quant):
+    """Dense and NF4: the norms of the whole matrix."""
+    W, A, B = torch.randn(40, 96).to(torch.bfloat16), torch.randn(5, 96), torch.randn(40, 5).to(torch.bfloat16)
+    weight = W if double_quant is None else peftkern.quantize_nf4(W, 64, double_quant)
+    device = Device("sm_80", host_memory=True)
+    stored = [W] if double_quant is None else [weight.packed, weight.absmax, weight.nested_absmax, weight.offset]
+    with package_on(device, [A, B, *(t for t in stored if t is not None)]):
+        norm = dora_norm(weight, A, B, 0.7)
+    assert any("dora_norm" in name for name, *_ in device.launched)
+    dense = W if double_quant is None else peftkern.dequantize_nf4(weight, torch.float32)
+    expected = (dense.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(norm.double(), expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 7, 24])

@@ -77,7 +77,9 @@ LISTING = """
         /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
         /*0080*/                   FMUL R2, R2, R3 ;
         /*0090*/               @P0 BRA.U 0x40 ;
-        /*00a0*/                   EXIT ;
+        /*00a0*/              @!P1 BRA 0x30 ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   BRA 0x0 ;
         Function : no_tensor_core
         /*0000*/                   FMUL R2, R2, R3 ;
         /*0010*/                   BRA 0x0;
@@ -85,8 +87,8 @@ LISTING = """
 
 
 def test_main_loop_of_a_listing():
-    """The loop with the most HMMA; the stretch without one goes round its end: FMUL, BRA, LDS, FMUL."""
+    """The loop with the most HMMA, in one that has no more; the stretch goes round its end: FMUL, BRA, LDS, FMUL."""
     sass = script("sass")
     (loop,) = sass.main_loops(LISTING)
-    assert loop == sass.Loop("two_loops", instructions=6, hmma=2, longest_gap=4, spills=0)
+    assert loop == sass.Loop("two_loops", instructions=6, hmma=2, longest_gap=4, around=8, spills=0)
     assert loop.per_hmma == pytest.approx(3.0)

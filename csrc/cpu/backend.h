@@ -4,6 +4,7 @@
 #include <functional>
 #include <string>
 
+#include "../dora_norm.h"
 #include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
@@ -48,6 +49,9 @@ class CpuBackend {
   void nf4_tiles(const Nf4Product&, bool gradient) const;  // y = x W^T + bias, or y = x W
   void quantize_absmax(const QuantizeAbsmax&) const;
   void dequantize_absmax(const DequantizeAbsmax&) const;
+
+  void squared_row_norms(const SquaredRowNorms&) const;
+  void dora_norm(const DoraNorm&) const;
 
   void jacobi_svd(const JacobiSvd&) const;
 

@@ -2,6 +2,7 @@
 // The CPU kernels of one instruction set: raw pointers, one thread, a range of the work. cpu/<op>.cpp splits the work
 // over threads and calls kernels().f(...). Torch-free.
 #pragma once
+#include "../dora_norm.h"
 #include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
@@ -72,6 +73,9 @@ struct KernelTable {
   // scratch: as for low_rank_grad
   void (*multi_lora_grad)(const MultiLoraGrad&, int64_t adapter, int64_t rank, int64_t column0, int64_t column1,
                           float* scratch);
+
+  void (*squared_row_norms)(const SquaredRowNorms&, int64_t row0, int64_t row1);
+  void (*dora_norm)(const DoraNorm&, int64_t row0, int64_t row1);
 
   // scratch: [rank, kMaxLanes + 1] of the layer with the largest rank
   void (*update_importance)(const ImportanceUpdate&, float* scratch, int64_t layer0, int64_t layer1);

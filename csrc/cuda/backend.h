@@ -92,6 +92,11 @@ class CudaBackend {
     check(launch_dequantize_absmax(args, stream_), "dequantize_absmax");
   }
 
+  void squared_row_norms(const SquaredRowNorms& args) const {
+    check(launch_squared_row_norms(args, stream_), "squared_row_norms");
+  }
+  void dora_norm(const DoraNorm& args) const { check(launch_dora_norm(args, stream_), "dora_norm"); }
+
   void jacobi_svd(const JacobiSvd& args) const { check(launch_jacobi_svd(args, stream_), "jacobi_svd"); }
 
   void update_importance(const ImportanceUpdate& args) const {

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../dora_norm.h"
 #include "../jacobi_svd.h"
 #include "../low_rank.h"
 #include "../multi_low_rank.h"
@@ -33,6 +34,8 @@ cudaError_t launch_dequantize_nf4(const DequantizeNf4& args, cudaStream_t stream
 cudaError_t launch_quantize_absmax(const QuantizeAbsmax& args, cudaStream_t stream);
 cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t stream);
 
+cudaError_t launch_squared_row_norms(const SquaredRowNorms& args, cudaStream_t stream);
+cudaError_t launch_dora_norm(const DoraNorm& args, cudaStream_t stream);
 cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 // Nf4Forward::splits that fill a GPU, and the floats of Nf4Forward::workspace for args.splits.
 int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .adapted_linear import adapted_linear
-from .nf4 import NF4Weight, dequantize_nf4
+from .adapted_linear import adapted_linear, base_arguments
+from .library import ops
+from .nf4 import NF4Weight
 from .tensor_cache import TensorCache
 
-_ROWS = 256  # of a dense weight that are squared at a time
+_dora_norm = ops.dora_norm.default
+_squared_row_norms = ops.squared_row_norms.default
 
 
 @torch.no_grad()
@@ -26,11 +28,16 @@ def dora_norm(
 
         norm[n]^2 = |W[n]|^2 + 2 scaling B[n] · P[n] + scaling^2 B[n] G B[n]ᵀ
 
-    P is one product of r rows with the weight, in float32: a weight of another dtype is cast for it, an NF4
-    one dequantized (on the CPU only where r is above 8). |W[n]|^2 is that of a frozen weight: a cache keeps
-    it between calls. The three terms are added in float64, but P is float32: the square is off by some 1e-7 of the
-    squares that are added. Where ``scaling * B A`` cancels a row of W, that is all there is: up to 3e-4 of
-    |W[n]| + |scaling B A[n]|.
+    P is one product of r rows with the weight, in float32, autocast or not, and made as a layer makes its own: a weight
+    of another dtype is cast for it, an NF4 one dequantized unless there is a kernel that need not. |W[n]|^2 is that of
+    a frozen weight: a cache keeps it between calls. All but P is in float64, so the error is that of P, whose sums of
+    ``in`` products are off by at most ``in * 2**-24`` of their magnitudes (by more if torch is told to use TF32)::
+
+        |error of norm[n]^2| <= in * 2**-24 * 2 |W[n]| · |scaling| |B[n]| |A| <= in * 2**-25 * size^2
+        size = ||W[n]|| + || |scaling| |B[n]| |A| ||
+
+    So where nothing cancels the norm is as good as float32 holds it. Where ``scaling * B A`` cancels a row of W, what
+    is left is off by at most ``sqrt(in * 2**-25) * size``.
 
     >>> W, A, B = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
     >>> torch.allclose(dora_norm(W, A, B, 0.5), (W + 0.5 * B @ A).norm(dim=1), rtol=1e-5)
@@ -41,25 +48,26 @@ def dora_norm(
             f"A, B: expected [r, in] and [out, r] for a weight {list(weight.shape)}, "
             f"got {list(A.shape)}, {list(B.shape)}"
         )
+    data, absmax, nested_absmax, offset, block_size, out_features = base_arguments(A, weight)
+    base = (data, absmax, nested_absmax, offset, block_size)
 
     def squares() -> Tensor:
-        return _squared_rows(weight)
+        return _squared_row_norms(*base, out_features, A.shape[1])
 
-    stored = [weight.packed, weight.absmax] if isinstance(weight, NF4Weight) else [weight]
+    stored = [t for t in base[:4] if t is not None]
     w2 = squares() if cache is None else cache.get("dora_norm", (), stored, squares)
-    A, B = A.float(), B.float()
-    P = adapted_linear(A, weight).T.double()
-    B = B.double()
-    quadratic = ((B @ (A.double() @ A.double().T)) * B).sum(dim=1)
-    squared = w2 + 2 * scaling * (B * P).sum(dim=1) + scaling**2 * quadratic
-    return squared.clamp_(min=0).sqrt_().float()
+    with torch.autocast(A.device.type, enabled=False):
+        return _dora_norm(*base, A, B, w2, scaling)
 
 
-def _squared_rows(weight: Tensor | NF4Weight) -> Tensor:
-    """float64 [out]: the sums of the squares of the rows, a few rows at a time."""
-    if not isinstance(weight, NF4Weight):
-        return torch.cat([rows.double().square().sum(dim=1) for rows in weight.split(_ROWS)])
-    return dequantize_nf4(weight, torch.float32).double().square().sum(dim=1)
+@torch.library.register_fake("peftkern::squared_row_norms")
+def _(weight, absmax, nested_absmax, offset, block_size, out_features, in_features):
+    return weight.new_empty((out_features,), dtype=torch.float64)
+
+
+@torch.library.register_fake("peftkern::dora_norm")
+def _(weight, absmax, nested_absmax, offset, block_size, A, B, w2, scaling):
+    return A.new_empty((B.shape[0],), dtype=torch.float32)
 
 
 def dora_linear(

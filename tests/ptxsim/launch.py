@@ -69,6 +69,7 @@ class Kernel:
         mma_mode: int = 0,
         max_steps: int = 10**9,
         drop: int | None = None,
+        blocks: tuple[int, ...] = (),
     ) -> Result:
         """Runs the kernel to its end, or to its 200th report.
 
@@ -76,6 +77,7 @@ class Kernel:
         buffers: what else the kernel can reach, through addresses inside raw bytes.
         schedule: "default" runs warps in order; "random" interleaves them by `seed`; "chaos" splits warps as well.
         drop: an instruction to leave out, for mutation tests.
+        blocks: the blocks to run of a grid that is too large to run all; negative ones count from its end.
         """
         grid, block = _extents(grid), _extents(block)
         threads = int(np.prod(block))
@@ -102,6 +104,7 @@ class Kernel:
         config.param_bytes, config.slots = self.parameter_bytes, self.program.slots
         config.shared_races, config.global_races = races, races and global_races
         config.mma_mode, config.max_steps = mma_mode, max_steps
+        config.only_blocks = sorted({block % int(np.prod(grid)) for block in blocks})
         config.seed = zlib.crc32(f"{seed}".encode())  # neighbouring seeds become unrelated
         if schedule != "default":
             config.shuffle_warps, config.quantum, config.chaos = True, 64, schedule == "chaos"

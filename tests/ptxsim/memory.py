@@ -53,6 +53,13 @@ class Buffer:
         self.state = np.full(nbytes, int(initialised), np.uint8)
         return self
 
+    @classmethod
+    def window(cls, address: int, array, name: str | None = None, **options) -> Buffer:
+        """A part of a tensor that is too large to exist: `address` is that of its first element."""
+        self = cls(array, name=name, **options)
+        self.address = address
+        return self
+
     @property
     def nbytes(self) -> int:
         return self.bytes.size

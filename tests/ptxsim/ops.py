@@ -331,6 +331,33 @@ class MultiLoraGrad(ctypes.Structure):
         yield Operand("grad", adapters * self.columns * self.rank * size_of(self.grad_dtype), WRITE)
 
 
+class SquaredRowNorms(ctypes.Structure):
+    _fields_ = [
+        ("weight", c_void_p), ("absmax", c_void_p), ("dtype", c_int32), ("block_size", c_int64), ("rows", c_int64),
+        ("columns", c_int64), ("out", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        n = self.rows * self.columns
+        yield Operand("weight", -(-n // 2) if self.absmax else n * size_of(self.dtype), READ)
+        yield Operand("absmax", -(-n // self.block_size) * 4, READ)
+        yield Operand("out", self.rows * 8, WRITE)
+
+
+class DoraNorm(ctypes.Structure):
+    _fields_ = [
+        ("w2", c_void_p), ("P", c_void_p), ("G", c_void_p), ("B", c_void_p), ("B_dtype", c_int32), ("rows", c_int64),
+        ("rank", c_int64), ("scaling", c_double), ("norm", c_void_p),
+    ]  # fmt: skip
+
+    def operands(self) -> Iterator[Operand]:
+        yield Operand("w2", self.rows * 8, READ)
+        yield Operand("P", self.rank * self.rows * 4, READ)
+        yield Operand("G", self.rank * self.rank * 8, READ)
+        yield Operand("B", self.rows * self.rank * size_of(self.B_dtype), READ)
+        yield Operand("norm", self.rows * 4, WRITE)
+
+
 class JacobiSvd(ctypes.Structure):
     _fields_ = [("vectors", c_void_p), ("values", c_void_p), ("sweeps", c_void_p), ("batch", c_int64), ("n", c_int64)]
 
@@ -455,6 +482,8 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "multi_lora_down": MultiLoraDown,
     "multi_lora_up": MultiLoraUp,
     "multi_lora_grad": MultiLoraGrad,
+    "squared_row_norms": SquaredRowNorms,
+    "dora_norm": DoraNorm,
     "jacobi_svd": JacobiSvd,
     "update_importance": ImportanceUpdate,
     "rank_mask": RankMask,

@@ -18,6 +18,7 @@ from peftkern import reference
 
 from .allocation_cases import allocation_builders, allocation_cases, allocation_scheduled
 from .cudart import Device, Recorder, host_library
+from .dora_cases import dora_builders, dora_cases, dora_scheduled
 from .gemm_cases import gemm_builders, gemm_cases, gemm_scheduled
 from .gradient_cases import gradient_builders, gradient_cases, gradient_scheduled
 from .multi_cases import multi_builders, multi_cases, multi_scheduled
@@ -300,7 +301,7 @@ def _dequantize_absmax(n) -> Problem:
     return problem
 
 
-_builders = gemm_builders | multi_builders | allocation_builders | gradient_builders
+_builders = gemm_builders | multi_builders | allocation_builders | gradient_builders | dora_builders
 _BUILDERS = {op: _builders.get(op) or globals()[f"_{op}"] for op in OPS}
 
 
@@ -371,8 +372,8 @@ def _nf4_cases():
     yield case("quantize_absmax", n=512, kind="ties")
 
 
-_other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases()
-_other_scheduled = gemm_scheduled(), gradient_scheduled(), multi_scheduled(), allocation_scheduled()
+_other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases(), dora_cases()
+_other_scheduled = gemm_scheduled(), gradient_scheduled(), multi_scheduled(), allocation_scheduled(), dora_scheduled()
 
 CASES = [
     *_low_rank_cases(),

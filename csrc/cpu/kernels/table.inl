@@ -9,6 +9,8 @@
 #include "nf4.inl"
 #include "rank_allocation.inl"
 
+#include "dora_norm.inl"  // after low_rank.inl and nf4.inl
+
 constexpr KernelTable kernel_table(const char* name) {
   return {.name = name,
           .padded_rank = padded_rank,
@@ -25,6 +27,8 @@ constexpr KernelTable kernel_table(const char* name) {
           .multi_lora_down = multi_lora_down,
           .multi_lora_up = multi_lora_up,
           .multi_lora_grad = multi_lora_grad,
+          .squared_row_norms = squared_row_norms,
+          .dora_norm = dora_norm,
           .update_importance = update_importance,
           .jacobi_svd = jacobi_svd,
           .nf4_forward = {},

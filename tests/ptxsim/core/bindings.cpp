@@ -88,7 +88,8 @@ PYBIND11_MODULE(ptxsim_core, m) {
       .def_readwrite("shared_races", &LaunchConfig::shared_races)
       .def_readwrite("global_races", &LaunchConfig::global_races)
       .def_readwrite("mma_mode", &LaunchConfig::mma_mode)
-      .def_readwrite("max_steps", &LaunchConfig::max_steps);
+      .def_readwrite("max_steps", &LaunchConfig::max_steps)
+      .def_readwrite("only_blocks", &LaunchConfig::only_blocks);
   m.def("run", &run, py::arg("program"), py::arg("config"), py::arg("constants"), py::arg("constant_slots"),
         py::arg("buffers"), py::arg("params"));
 }

@@ -80,7 +80,9 @@ Machine::~Machine() {
 }
 
 void Machine::run(const std::vector<u64>& constants, const std::vector<s32>& constant_slots) {
-  for (block_ = 0; block_ < blocks_ && !stop_; ++block_) {
+  const size_t chosen = config_.only_blocks.size(), count = chosen ? chosen : blocks_;
+  for (size_t i = 0; i < count && !stop_; ++i) {
+    block_ = chosen ? config_.only_blocks[i] : static_cast<u32>(i);
     start_block(constants, constant_slots);
     run_block();
   }

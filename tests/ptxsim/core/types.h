@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace ptxsim {
 
@@ -125,6 +126,7 @@ struct LaunchConfig {
   bool shared_races = true, global_races = true;
   u32 mma_mode = 0;  // 0 exact sums; n > 0 truncates to 24 + n - 1 bits as tensor cores do
   u64 max_steps = 1000000000;
+  std::vector<u32> only_blocks;  // these alone run; empty: all
 };
 
 // Every buffer has a window of its own above all host addresses, so an access past its end never hits a neighbour.
