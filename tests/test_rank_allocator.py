@@ -378,7 +378,7 @@ def test_a_budget_of_nothing_masks_everything():
     allocator = RankAllocator(model, optimizer=optimizer, prune="final")
     train(model, optimizer, batches(30))
     assert set(allocator.ranks().values()) == {0} and model[0].lora_A.shape == (0, 24)
-    assert torch.equal(model.eval()(torch.ones(2, 24)), mlp()(torch.ones(2, 24)))
+    assert_close(model.eval()(torch.ones(2, 24)), mlp()(torch.ones(2, 24)), torch.float32)
 
 
 def test_exact_budget_with_equal_scores():

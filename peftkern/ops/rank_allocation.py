@@ -173,6 +173,12 @@ def _(A, E, B, grad_A, grad_E, grad_B, sensitivity, uncertainty, beta1, beta2, g
     return sensitivity.new_empty((sum(a.shape[0] for a in A),))
 
 
+@torch.library.register_fake("peftkern::update_importance_table_")
+def _(table, sensitivity, uncertainty, beta1, beta2, grad_scale):
+    # how many triplets there are stands in the table
+    return sensitivity.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
 @torch.library.register_fake("peftkern::rank_mask")
 def _(scores, budget, exact):
     return scores.new_empty(scores.shape, dtype=torch.bool)
