@@ -68,6 +68,10 @@ def test_commands_are_valid(page, command):
     elif words[0] == "make":
         result = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+    elif command.startswith("python benchmarks/gpu.py"):  # it reads its options, then looks for a GPU
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.stderr.startswith("error: no GPU"), result.stderr
     else:
         assert command == "pip install . --no-build-isolation", f"{page}: no test runs {command!r}"
 
