@@ -113,16 +113,11 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"\(.*\)$", "", re.sub(r"^void ", "", name)) for name in done]
 
 
-def uses_tensor_cores(source: Path) -> bool:
-    """By itself or by a header that it includes."""
-    text = source.read_text()
-    included = (source.parent / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE))
-    return "mma.sync" in text or any(map(uses_tensor_cores, included))
-
-
 def compiled(arch: str, folder: Path) -> list[Path]:
     """Cubins of csrc/cuda's kernels that use tensor cores."""
-    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if uses_tensor_cores(p)]
+    headers = [p for p in (ROOT / "csrc" / "cuda").glob("*.cuh") if "mma.sync" in p.read_text()]
+    using = "|".join(["mma\\.sync", *(re.escape(p.name) for p in headers)])
+    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(using, p.read_text())]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.cubin"
