@@ -74,7 +74,8 @@ void gram(const KernelTable& k, const OrthogonalFactor& f, float* D) {
                            .grad = D,
                            .grad_dtype = DType::f32,
                            .rank_major = true};
-    std::vector<float> scratch(static_cast<size_t>(cpu::round_up(f.rank, cpu::kRowUnit) * cpu::kColumnUnit));
+    const int64_t padded = ceil_div(f.rank, cpu::kRowUnit) * cpu::kRowUnit;
+    std::vector<float> scratch(static_cast<size_t>(padded * cpu::kColumnUnit));
     k.low_rank_grad(args, scratch.data(), 0, f.rank);
   }
   for (int64_t i = 0; i < f.rank; ++i) D[i * f.rank + i] -= 1.0f;
@@ -97,7 +98,7 @@ void gram_grad(const KernelTable& k, const OrthogonalFactor& f, const float* D, 
                          .z = nullptr,
                          .y = f.grad,
                          .y_dtype = f.dtype};
-    const int64_t ld = cpu::round_up(f.columns, cpu::kColumnUnit);
+    const int64_t ld = ceil_div(f.columns, cpu::kColumnUnit) * cpu::kColumnUnit;
     std::vector<float> packed(static_cast<size_t>(cpu::round_up(f.rank, cpu::kMaxLanes) * ld));
     k.pack_up(args, packed.data(), ld, 0, ld);
     k.low_rank_up(args, packed.data(), ld, 0, f.rank);
