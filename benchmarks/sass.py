@@ -122,7 +122,6 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"\(.*\)$", "", re.sub(r"^void ", "", name)) for name in done]
 
 
-<<<<<<< HEAD
 def with_headers(path: Path) -> str:
     """The text of a source and of all headers beside it that it includes, directly or not."""
     text = path.read_text()
@@ -133,13 +132,6 @@ def with_headers(path: Path) -> str:
 def compiled(arch: str, folder: Path) -> list[Path]:
     """Cubins of csrc/cuda's kernels that use tensor cores."""
     sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if "mma.sync" in with_headers(p)]
-=======
-def compiled(arch: str, folder: Path) -> list[Path]:
-    """Cubins of csrc/cuda's kernels that use tensor cores."""
-    headers = [p for p in (ROOT / "csrc" / "cuda").glob("*.cuh") if "mma.sync" in p.read_text()]
-    using = "|".join(["mma\\.sync", *(re.escape(p.name) for p in headers)])
-    sources = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(using, p.read_text())]
->>>>>>> fb03d681cac6f21baad9bedac4b1a11964f07bde
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.cubin"
