@@ -16,6 +16,15 @@ from peftkern.ops.library import ops
 EXTENSION = Path(peftkern.__file__).parent / "_C.abi3.so"
 
 
+def test_every_package_is_in_the_wheel():
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    if not (project.parent / "peftkern").is_dir():
+        pytest.skip("not a checkout")
+    listed = re.search(r"^packages = \[(.*?)\]", project.read_text(), re.MULTILINE | re.DOTALL).group(1)
+    folders = (p.parent.relative_to(project.parent) for p in (project.parent / "peftkern").rglob("__init__.py"))
+    assert sorted(re.findall(r'"(.*?)"', listed)) == sorted(".".join(f.parts) for f in folders)
+
+
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
 
