@@ -31,6 +31,7 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_all_of_it_on_the_cpu(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     gpu = script("gpu")
     monkeypatch.setattr(gpu, "SAMPLES", gpu.SAMPLES[:6])
     monkeypatch.setattr(gpu, "MULTI_SAMPLES", gpu.MULTI_SAMPLES[:3])
