@@ -9,7 +9,7 @@
 //   dbias = sum g    dout_scale = sum g * z    dB = s q^T u    du = s q B    dlam = sum du * h    dh = du * lam
 //   dA = dh^T drop(x)    dx = q W + mask * (dh A)
 #pragma once
-#include <tuple>
+#include <vector>
 
 #include "products.h"
 
@@ -18,9 +18,10 @@ namespace peftkern {
 // Which gradients adapted_linear_backward computes: bits of its `needs` argument.
 enum Needs : int64_t { kNeedsX = 1, kNeedsA = 2, kNeedsB = 4, kNeedsLam = 8, kNeedsOutScale = 16, kNeedsBias = 32 };
 
-// y [..., out]; h [rows, rank] float32 if save_h, else [0]; z [rows, out] if save_z, else [0].
+// y [..., out], then h [rows, rank] float32 if save_h, then z [rows, out] if save_z. A list: an empty tensor for what was
+// not asked for costs 2 us to make, wrap and free.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
+std::vector<Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
                                                   const OptionalTensor& nested_absmax, const OptionalTensor& offset,
                                                   int64_t block_size, int64_t out_features, const OptionalTensor& A,
                                                   const OptionalTensor& B, const OptionalTensor& lam,
@@ -53,12 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
   const int64_t rows = input.size(0);
   const std::vector<int64_t> shape = with_last_size(x, t.out);
 
-  Tensor h = empty(x, save_h ? std::vector<int64_t>{rows, t.rank} : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor z = empty(x, save_z ? std::vector<int64_t>{rows, t.out} : std::vector<int64_t>{0}, x.scalar_type());
-  OptionalTensor u;
+  OptionalTensor h, z, u;
+  if (save_h || (rows && t.rank)) h = empty(x, {rows, t.rank}, ScalarType::Float);
+  if (save_z) z = empty(x, {rows, t.out}, x.scalar_type());
   if (rows && t.rank) {
     const Tensor a_dense = dense(*t.A);
-    u = save_h ? h : empty(x, {rows, t.rank}, ScalarType::Float);
     backend.low_rank_down({.x = input.const_data_ptr(),
                            .x_dtype = x_dtype,
                            .rows = rows,
@@ -67,18 +67,21 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(const Tensor& x, const Tensor&
                            .factor = factor(a_dense, true, "A"),
                            .alpha = 1.0f,
                            .dropout = t.dropout,
-                           .out = floats(*u)});
-    if (lam) u = times(*u, *float_vector(lam));
+                           .out = floats(*h)});
+    u = lam ? times(*h, *float_vector(lam)) : *h;
   }
-  const Tensor y = make(backend, ForwardProduct{t, input, u, bias, save_z && rows ? OptionalTensor(z) : std::nullopt});
-  return {reshaped(y, shape), h, z};
+  const Tensor y = make(backend, ForwardProduct{t, input, u, bias, rows ? z : std::nullopt});
+  std::vector<Tensor> results{reshaped(y, shape)};
+  if (save_h) results.push_back(*h);
+  if (save_z) results.push_back(*z);
+  return results;
 }
 
-// dx [..., in] in the dtype of grad; dA, dB, dlam, dout_scale in that of their parameter; dbias [out] float32, as the
-// dtype of bias is not known here; [0] where `needs` does not ask.
+// Of dx [..., in] in the dtype of grad; dA, dB, dlam, dout_scale in that of their parameter; dbias [out] float32, as the
+// dtype of bias is not known here: those that `needs` asks for, in this order.
 // x is read only for dA, h for dB and dlam, z for dout_scale.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
+std::vector<Tensor> adapted_linear_backward(
     const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax,
     const OptionalTensor& nested_absmax, const OptionalTensor& offset, int64_t block_size, int64_t in_features,
     const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A, const OptionalTensor& B,
@@ -106,9 +109,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   const int64_t rows = g.size(0);
   const std::vector<int64_t> shape = with_last_size(grad, t.in);
 
-  const auto needed = [&](Needs what, const std::vector<int64_t>& size, ScalarType type) {
-    return empty(grad, needs & what ? size : std::vector<int64_t>{0}, type);
-  };
   const auto type_of = [&](const OptionalTensor& like) { return like ? like->scalar_type() : ScalarType::Float; };
   const auto column_sums = [&](const Tensor& values, const OptionalTensor& factors, int64_t columns) {
     Tensor sums = empty(grad, {columns}, ScalarType::Float);
@@ -121,13 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     return sums;
   };
 
-  Tensor dx = needed(kNeedsX, shape, dtype);
-  Tensor dA = needed(kNeedsA, {t.rank, t.in}, type_of(A));
-  Tensor dB = needed(kNeedsB, {t.out, t.rank}, type_of(B));
-  Tensor dlam = needed(kNeedsLam, {t.rank}, type_of(lam));
-  Tensor dout_scale = needed(kNeedsOutScale, {t.out}, type_of(out_scale));
-  Tensor dbias = needed(kNeedsBias, {t.out}, ScalarType::Float);
-
+  OptionalTensor dx, dA, dB, dlam, dout_scale, dbias;
   if (needs & kNeedsBias) dbias = column_sums(g, std::nullopt, t.out);
   if (needs & kNeedsOutScale) {
     PEFTKERN_CHECK(z && out_scale, "z and out_scale: expected both for the gradient of out_scale");
@@ -143,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     check_shape(*h, {rows, t.rank}, "h");
     check_dtype(*h, ScalarType::Float, "h");
   }
-  if ((needs & kNeedsB) && dB.numel()) {
+  if (needs & kNeedsB) dB = empty(grad, {t.out, t.rank}, type_of(B));
+  if (dB && dB->numel()) {
     const Tensor u = lam ? times(*h, *float_vector(lam)) : dense(*h);
     backend.low_rank_grad({.u = const_floats(u),
                            .x = q.const_data_ptr(),
@@ -153,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
                            .rank = t.rank,
                            .alpha = s,
                            .dropout = {},
-                           .grad = dB.mutable_data_ptr(),
-                           .grad_dtype = dtype_of(dB, "B"),
+                           .grad = dB->mutable_data_ptr(),
+                           .grad_dtype = dtype_of(*dB, "B"),
                            .rank_major = false});
   }
 
@@ -176,7 +171,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     if (needs & kNeedsLam) dlam = to_dtype(column_sums(du, dense(*h), t.rank), lam->scalar_type());
     dh = lam ? times(du, *float_vector(lam)) : du;
   }
-  if ((needs & kNeedsA) && dA.numel()) {
+  if (needs & kNeedsLam && !dlam) dlam = empty(grad, {t.rank}, type_of(lam));  // rank 0
+  if (needs & kNeedsA) dA = empty(grad, {t.rank, t.in}, type_of(A));
+  if (dA && dA->numel()) {
     PEFTKERN_CHECK(x.has_value(), "x: expected it for the gradient of A");
     check_shape(*x, shape, "x");
     check_dtype(*x, dtype, "x");
@@ -189,12 +186,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
                            .rank = t.rank,
                            .alpha = 1.0f,
                            .dropout = t.dropout,
-                           .grad = dA.mutable_data_ptr(),
-                           .grad_dtype = dtype_of(dA, "A"),
+                           .grad = dA->mutable_data_ptr(),
+                           .grad_dtype = dtype_of(*dA, "A"),
                            .rank_major = true});
   }
   if (needs & kNeedsX) dx = reshaped(make(backend, GradientProduct{t, q, dh}), shape);
-  return {dx, dA, dB, dlam, dout_scale, dbias};
+  std::vector<Tensor> gradients;
+  for (const OptionalTensor& gradient : {dx, dA, dB, dlam, dout_scale, dbias})
+    if (gradient) gradients.push_back(*gradient);
+  return gradients;
 }
 
 }  // namespace peftkern

@@ -44,13 +44,13 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "adapted_linear(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int block_size, "
       "int out_features, Tensor? A, Tensor? B, "
       "Tensor? lam, Tensor? out_scale, Tensor? bias, float scaling, float dropout_p, Tensor? seed, bool save_h, "
-      "bool save_z) -> (Tensor y, Tensor h, Tensor z)");
+      "bool save_z) -> Tensor[]");
   m.def(
       "adapted_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? "
       "offset, int block_size, "
       "int in_features, Tensor? h, Tensor? z, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale, float scaling, "
       "float dropout_p, Tensor? seed, int needs) "
-      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dlam, Tensor dout_scale, Tensor dbias)");
+      "-> Tensor[]");
   // multi_lora
   m.def("multi_lora_plan(Tensor adapter_index, int rows, int adapters) -> Tensor");
   m.def(

@@ -29,42 +29,46 @@ class _AdaptedLinear(torch.autograd.Function):
         block_size, out_features, scaling, dropout_p, seed,
     ):  # fmt: skip
         trains_A, trains_B, trains_lam, trains_out_scale = ctx.needs_input_grad[5:9]
-        y, h, z = _forward(
+        y, *saved = _forward(
             x, weight, absmax, nested_absmax, offset, block_size, out_features, A, B, lam, out_scale,
             bias, scaling, dropout_p, seed, trains_B or trains_lam, trains_out_scale,
         )  # fmt: skip
         # x is kept only for dA, h only for dB and dlam, z only for dout_scale; a dropout mask never.
         ctx.save_for_backward(
             x if trains_A else None, weight, absmax, nested_absmax, offset, A, B, lam, out_scale,
-            h if trains_B or trains_lam else None, z if trains_out_scale else None, seed,
+            saved[0] if trains_B or trains_lam else None, saved[-1] if trains_out_scale else None, seed,
         )  # fmt: skip
-        ctx.in_features = x.shape[-1]
-        ctx.block_size, ctx.scaling, ctx.dropout_p = block_size, scaling, dropout_p
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.constants = block_size, x.shape[-1], scaling, dropout_p, None if bias is None else bias.dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight, absmax, nested_absmax, offset, A, B, lam, out_scale, h, z, seed = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        if wants[1]:
-            raise RuntimeError("weight: its gradient is not computed; the base of an adapted layer is frozen")
-        needs = (
-            (NEEDS_X if wants[0] else 0) | (NEEDS_A if wants[5] else 0) | (NEEDS_B if wants[6] else 0)
-            | (NEEDS_LAM if wants[7] else 0) | (NEEDS_OUT_SCALE if wants[8] else 0) | (NEEDS_BIAS if wants[9] else 0)
-        )  # fmt: skip
-        dx, dA, dB, dlam, dout_scale, dbias = _backward(
-            grad, x, weight, absmax, nested_absmax, offset, ctx.block_size, ctx.in_features, h, z, A, B,
-            lam, out_scale, ctx.scaling, ctx.dropout_p, seed, needs,
-        )  # fmt: skip
-        if needs & NEEDS_BIAS:
-            dbias = dbias.to(ctx.bias_dtype)
-        return (
-            dx if wants[0] else None, None, None, None, None, dA if wants[5] else None, dB if wants[6] else None,
-            dlam if wants[7] else None, dout_scale if wants[8] else None, dbias if wants[9] else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+        # once_differentiable costs 4 us a call; it is for create_graph=True, which alone runs this with gradients on
+        return (_differentiate_once if torch.is_grad_enabled() else _differentiate)(ctx, grad)
+
+
+def _differentiate(ctx, grad):
+    x, weight, absmax, nested_absmax, offset, A, B, lam, out_scale, h, z, seed = ctx.saved_tensors
+    block_size, in_features, scaling, dropout_p, bias_dtype = ctx.constants
+    wants = ctx.needs_input_grad
+    if wants[1]:
+        raise RuntimeError("weight: its gradient is not computed; the base of an adapted layer is frozen")
+    needs = (
+        (NEEDS_X if wants[0] else 0) | (NEEDS_A if wants[5] else 0) | (NEEDS_B if wants[6] else 0)
+        | (NEEDS_LAM if wants[7] else 0) | (NEEDS_OUT_SCALE if wants[8] else 0) | (NEEDS_BIAS if wants[9] else 0)
+    )  # fmt: skip
+    gradients = _backward(
+        grad, x, weight, absmax, nested_absmax, offset, block_size, in_features, h, z, A, B,
+        lam, out_scale, scaling, dropout_p, seed, needs,
+    )  # fmt: skip
+    if needs & NEEDS_BIAS:
+        *gradients, dbias = gradients
+        gradients.append(dbias.to(bias_dtype))
+    following = iter(gradients)
+    return tuple([next(following) if wanted else None for wanted in wants])
+
+
+_differentiate_once = once_differentiable(_differentiate)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -216,8 +220,12 @@ def _(
     for size in x.shape[:-1]:
         rows = rows * size
     rank = 0 if A is None else A.shape[0]
-    h = x.new_empty((rows, rank) if save_h else (0,), dtype=torch.float32)
-    return x.new_empty(shape), h, x.new_empty((rows, out_features) if save_z else (0,))
+    results = [x.new_empty(shape)]
+    if save_h:
+        results.append(x.new_empty((rows, rank), dtype=torch.float32))
+    if save_z:
+        results.append(x.new_empty((rows, out_features)))
+    return results
 
 
 @torch.library.register_fake("peftkern::adapted_linear_backward")
@@ -241,15 +249,15 @@ def _(
     seed,
     needs,
 ):
-    def like(bit, tensor, shape, dtype=None):
-        wanted = needs & bit
-        dtype = dtype or (torch.float32 if tensor is None else tensor.dtype)
-        return grad.new_empty(shape if wanted else (0,), dtype=dtype)
-
     out_features = grad.shape[-1]
     rank = 0 if A is None else A.shape[0]
-    return (
-        like(NEEDS_X, grad, (*grad.shape[:-1], in_features)), like(NEEDS_A, A, (rank, in_features)),
-        like(NEEDS_B, B, (out_features, rank)), like(NEEDS_LAM, lam, (rank,)),
-        like(NEEDS_OUT_SCALE, out_scale, (out_features,)), like(NEEDS_BIAS, None, (out_features,)),
+    gradients = (
+        (NEEDS_X, (*grad.shape[:-1], in_features), grad), (NEEDS_A, (rank, in_features), A),
+        (NEEDS_B, (out_features, rank), B), (NEEDS_LAM, (rank,), lam), (NEEDS_OUT_SCALE, (out_features,), out_scale),
+        (NEEDS_BIAS, (out_features,), None),
     )  # fmt: skip
+    return [
+        grad.new_empty(shape, dtype=torch.float32 if like is None else like.dtype)
+        for bit, shape, like in gradients
+        if needs & bit
+    ]
