@@ -152,16 +152,21 @@ def test_plots_of_one_kind_only(tmp_path):
 
 
 def test_growth_of_a_sweep():
-    """Time over time beside size over size, sizes in order, each sweep by itself."""
+    """Time over time beside size over size, sizes in order, each sweep by itself; the distance from a line."""
 
-    def result(seconds: float, **sizes) -> report.Result:
+    def result(seconds: float, ceiling: str = "compute", **sizes) -> report.Result:
         timings = {providers.OURS: Timing(seconds, seconds, seconds, 5)}
-        return report.Result(small("lora", **sizes), timings, {}, 1e9, 1e6, 0.25, "memory")
+        return report.Result(small("lora", **sizes), timings, {}, 1e9, 1e6, 0.25, ceiling)
 
-    results = [result(t, rows=m, sweep="M") for m, t in ((256, 2.1), (128, 1.0), (512, 4.2))]
-    results += [result(t, threads=n, sweep="threads") for n, t in ((1, 1.0), (2, 0.52))] + [result(9.0)]
-    name = "lora 128x64 bf16 r=4"
-    assert report.growth(results).splitlines() == [
-        f"growth with M, {name}: 128 -> 256: 2.10 for 2, 256 -> 512: 2.00 for 2",
-        f"growth with threads, {name.replace('lora', 'lora M=4')}: 1 -> 2: 0.52 for 2",
+    results = [result(t, rows=m, sweep="M") for m, t in ((256, 2.2), (128, 1.0), (512, 4.0))]
+    results += [result(t, r=r, sweep="r") for r, t in ((16, 1.0), (64, 1.5), (128, 2.0), (256, 3.0))]
+    results += [result(t, threads=n, sweep="threads") for n, t in ((1, 1.0), (2, 0.5))] + [result(9.0)]
+    results += [result(t, "memory", threads=n, rows=1, sweep="threads") for n, t in ((1, 1.0), (2, 0.8))]
+    name = "lora 128x64 bf16"
+    assert report.growth(results, lambda threads: {1: 1.0, 2: 1.3}[threads]).splitlines() == [
+        f"growth with M, {name} r=4: 128 -> 256: 2.20 for 2, 256 -> 512: 1.82 for 2, off a straight line by 10.0%",
+        f"growth with r, {name.replace('lora', 'lora M=4')} r=0: 16 -> 64: 1.50 for 4, 64 -> 128: 1.33 for 2, "
+        "128 -> 256: 1.50 for 2, off a straight line from 64 on by 0.0%",
+        f"growth with threads, {name.replace('lora', 'lora M=4')} r=4: 1 -> 2: 2.00x as fast",
+        f"growth with threads, {name.replace('lora', 'lora M=1')} r=4: 1 -> 2: 1.25x as fast, a copy 1.30x",
     ]

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +65,7 @@ def _run(cases: list[Case], args: argparse.Namespace) -> int:
 
     dtypes = tuple(dict.fromkeys(case.dtype for case in cases))
     limits = ceilings(dtypes)
+    of_threads = cache(lambda threads: on_threads(threads, lambda: ceilings(dtypes)))
     env = report.environment(limits)
     peaks = ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s" for dtype, peak in limits.flops_per_second.items())
     print(f"{env['date']}, {env['cpu']}, {env['threads']} threads, {env['isa']}, torch {torch.__version__}")
@@ -69,9 +73,14 @@ def _run(cases: list[Case], args: argparse.Namespace) -> int:
     print("ratio: the provider's median time over ours, above 1 we are faster; times in ms\n")
     results = []
     for case in cases:
-        results.append(run_case(case, limits, args.seconds, args.isas))
+        case_limits = of_threads(case.threads) if case.threads else limits
+        results.append(run_case(case, case_limits, args.seconds, args.isas))
         print(report.table(results[-1:]), flush=True)
-    for text in (report.growth(results), report.left_out(results)):
+
+    def copy_speedup(threads: int) -> float:
+        return of_threads(threads).bytes_per_second / of_threads(1).bytes_per_second
+
+    for text in (report.growth(results, copy_speedup), report.left_out(results)):
         if text:
             print(text)
     if args.json:
@@ -82,20 +91,29 @@ def _run(cases: list[Case], args: argparse.Namespace) -> int:
     return 0
 
 
+def on_threads(threads: int, call: Callable[[], Any]) -> Any:
+    """call() on so many threads of torch; 0: on as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_case(case: Case, limits, seconds: float, isas: bool = False):
     """Builds the work, checks every provider's result, then times them. On the number of threads of the case."""
     from .measure import measure
     from .providers import BUILD, with_every_isa
     from .report import Result
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(case.threads or threads)
-    try:
+    def run() -> Result:
         work = BUILD[case.op](case)
         if isas:
             with_every_isa(work)
-        timings = measure(work.calls, seconds, device=case.device)
-        return Result.of(case, work, timings, limits)
+        return Result.of(case, work, measure(work.calls, seconds, device=case.device), limits)
+
+    try:
+        return on_threads(case.threads, run)
     finally:
-        torch.set_num_threads(threads)
         gc.collect()

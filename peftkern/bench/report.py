@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import pairwise
@@ -110,20 +110,42 @@ def table(results: Iterable[Result]) -> str:
 SWEPT = {"M": "rows", "r": "r", "threads": "threads", "layers": "layers"}  # the field of Case that a sweep changes
 
 
-def growth(results: Iterable[Result]) -> str:
-    """A line for each sweep: our time at each size over that at the size before, beside the ratio of the sizes."""
-    series: dict[tuple[str, Case], list[tuple[int, float]]] = {}
+LINEAR_FROM = {"r": 64}  # below, the time of a layer hardly depends on it
+
+
+def growth(results: Iterable[Result], copy_speedup: Callable[[int], float]) -> str:
+    """A line for each sweep. Of a size: our time over that at the size before, and how far times are from the straight
+    line through the first and the last. Of threads: the speed over that with fewer, and for what memory binds, the same
+    of a copy: copy_speedup(threads), over one thread."""
+    series: dict[tuple[str, Case], list[tuple[int, float, str]]] = {}
     for result in results:
         if field := SWEPT.get(result.case.sweep):
             rest = replace(result.case, **{field: 0})
-            point = getattr(result.case, field), result.timings[OURS].p50
+            point = getattr(result.case, field), result.timings[OURS].p50, result.ceiling
             series.setdefault((result.case.sweep, rest), []).append(point)
     lines = []
     for (sweep, rest), points in series.items():
         points.sort()
-        steps = [f"{a} -> {b}: {tb / ta:.2f} for {b / a:g}" for (a, ta), (b, tb) in pairwise(points)]
-        lines.append(f"growth with {sweep}, {rest.name}: {', '.join(steps)}")
+        steps = list(pairwise(points))
+        if sweep == "threads":
+            said = [f"{a} -> {b}: {ta / tb:.2f}x as fast" for (a, ta, _), (b, tb, _) in steps]
+            if steps and points[-1][2] == "memory":
+                first, last = points[0][0], points[-1][0]
+                said.append(f"a copy {copy_speedup(last) / copy_speedup(first):.2f}x")
+        else:
+            said = [f"{a} -> {b}: {tb / ta:.2f} for {b / a:g}" for (a, ta, _), (b, tb, _) in steps]
+            straight = [(size, t) for size, t, _ in points if size >= LINEAR_FROM.get(sweep, 0)]
+            if len(straight) > 2:
+                start = f" from {straight[0][0]} on" if sweep in LINEAR_FROM else ""
+                said.append(f"off a straight line{start} by {100 * off_a_line(straight):.1f}%")
+        lines.append(f"growth with {sweep}, {rest.name}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def off_a_line(points: Sequence[tuple[int, float]]) -> float:
+    """The largest distance of (size, time) from the straight line through the first and the last, over that line."""
+    (x0, t0), (x1, t1) = points[0], points[-1]
+    return max(abs(t / (t0 + (t1 - t0) * (x - x0) / (x1 - x0)) - 1) for x, t in points)
 
 
 def left_out(results: Iterable[Result]) -> str:
