@@ -16,8 +16,9 @@
 // chunks, and bitsandbytes' layout is read as it is. Columns are permuted too: rows {group, group + 8} of the operand i
 // are the columns 4 group + 2 i + {0, 1} of y, which a lane then stores 4 at a time.
 //
-// Weights travel one step ahead of x, and are dequantized half a step ahead of their use, between the multiply-adds of
-// the half before: 16 table reads and 32 multiplications that would otherwise stop the tensor cores.
+// Weights travel one step ahead of x, and are dequantized a part of a step ahead of their use, between the
+// multiply-adds of the part before: table reads and multiplications that would otherwise stop the tensor cores. A part
+// is half a step, and for few rows, with 4 multiply-adds in a quarter of a step, that quarter: so they lie apart.
 //
 // The low-rank part comes before the loop, while the first stages arrive. u and F enter the bf16 tensor cores as the
 // sums high + low of two bf16 values, of which the product low * low is left out: relative error of a term below
@@ -278,6 +279,8 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
     nf4_forward_kernel(Nf4Forward args, int block_size_log2) {
   using Shared = ForwardShared<kRows>;
   constexpr int kStages = Shared::kStages, kTiles = kRows / 8;
+  constexpr int kParts = kRows <= 16 ? 4 : 2;  // of a step, each multiplied while the next one is dequantized
+  constexpr int kPairs = 8 / kParts;           // of weights, of a row of W and a lane, in a part
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t table = shared_address(shared), table_lane = byte_table_lane();
   const uint32_t first_stage = table + kByteTableBytes, last_stage = first_stage + (kStages - 1) * Shared::kStageBytes;
@@ -302,10 +305,10 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   ForwardSums<kRows> sum = {};
   if (tile.split == 0) add_low_rank<kRows>(args, tile, warp_column, sum);
 
-  // The packed weights and absmax of 4 rows for a step, and the weights of its two halves.
+  // The packed weights and absmax of 4 rows for a step, and the weights of two parts of it.
   uint2 packed[4];
   float absmax[4];
-  uint32_t weights[2][4][4];
+  uint32_t weights[2][4][kPairs];
   const int row = warp_column + 4 * group;
   const uint32_t packed_source = Shared::kPacked + packed_row_slot(row) * kPackedRow + 8 * member;
   const uint32_t absmax_source = Shared::kAbsmax + row * static_cast<uint32_t>(sizeof(float)) +
@@ -317,24 +320,29 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
     const float4 v = load_shared_float4(stage + absmax_source);
     absmax[0] = v.x, absmax[1] = v.y, absmax[2] = v.z, absmax[3] = v.w;
   };
-  const auto dequantize = [&](int half, int pair) {
-    const int c = pair / 4, byte = pair % 4;
-    weights[half][c][byte] =
-        dequantize_pair<T>(table, table_lane, half == 0 ? packed[c].x : packed[c].y, byte, absmax[c]);
+  const auto dequantize = [&](int part, int pair) {
+    const int c = pair / kPairs, byte = part * kPairs + pair % kPairs;
+    weights[part % 2][c][pair % kPairs] =
+        dequantize_pair<T>(table, table_lane, byte < 4 ? packed[c].x : packed[c].y, byte % 4, absmax[c]);
   };
-  // Multiplies half a step, and dequantizes the next one in between.
-  const auto multiply = [&](uint32_t stage, int half) {
-    const uint32_t (&w)[4][4] = weights[half];
+  // Multiplies a part of a step, and dequantizes the next one in between.
+  const auto multiply = [&](uint32_t stage, int part) {
+    const uint32_t (&w)[4][kPairs] = weights[part % 2];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint4 x = load_shared_uint4(stage + (x_source ^ (half * 16)) + i * 8 * kXRow);
+      const uint4 x = load_shared_uint4(stage + (x_source ^ (part * kPairs / 4 * 16)) + i * 8 * kXRow);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        multiply_add<T>(sum[i][j], w[2 * j][0], w[2 * j + 1][0], w[2 * j][1], w[2 * j + 1][1], x.x, x.y);
-        multiply_add<T>(sum[i][j], w[2 * j][2], w[2 * j + 1][2], w[2 * j][3], w[2 * j + 1][3], x.z, x.w);
-      }
 #pragma unroll
-      for (int pair = 0; pair < 16 / kTiles; ++pair) dequantize(1 - half, i * (16 / kTiles) + pair);
+        for (int k = 0; k < kPairs; k += 2) {
+          const bool second = (part * kPairs + k) % 4 != 0;
+          multiply_add<T>(sum[i][j], w[2 * j][k], w[2 * j + 1][k], w[2 * j][k + 1], w[2 * j + 1][k + 1],
+                          second ? x.z : x.x, second ? x.w : x.y);
+        }
+      }
+      constexpr int kPairsPerTile = 4 * kPairs / kTiles;
+#pragma unroll
+      for (int pair = 0; pair < kPairsPerTile; ++pair) dequantize((part + 1) % kParts, i * kPairsPerTile + pair);
     }
   };
 
@@ -342,7 +350,7 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   __syncthreads();
   read_weights(last_stage);
 #pragma unroll
-  for (int pair = 0; pair < 16; ++pair) dequantize(0, pair);
+  for (int pair = 0; pair < 4 * kPairs; ++pair) dequantize(0, pair);
 
   uint32_t stage = first_stage, free_stage = last_stage;
 #pragma unroll 1
@@ -351,10 +359,11 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
     __syncthreads();  // the stage has arrived from all threads, and none reads the free one any more
     loader.load(free_stage, left - (kStages - 1));
     free_stage = stage;
-    multiply(stage, 0);
+#pragma unroll
+    for (int part = 0; part < kParts - 1; ++part) multiply(stage, part);
     loader.fetch_absmax(left > kStages + 1);
     read_weights(stage);
-    multiply(stage, 1);
+    multiply(stage, kParts - 1);
     stage = stage == last_stage ? first_stage : stage + Shared::kStageBytes;
   }
 
