@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of target and option next to HF PEFT: outputs, gradients, merging, files in both directions."""
 
+import sys
+
 import pytest
 import torch
 from peft_models import (
@@ -16,6 +18,8 @@ from peft_models import (
 )
 
 import peftkern
+from peftkern.adapt import adapted_layers
+from peftkern.adapter_io import PREFIX
 
 CASES = {
     # Conv1D
@@ -139,3 +143,52 @@ def test_patterns_that_match_nothing_are_said():
         config = peftkern.LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"q_prj": 4, "q_proj": 3})
         peftkern.adapt(model, config)
     assert {m.r for m in model.modules() if isinstance(m, peftkern.LoRALinear)} == {3}
+
+
+TARGETS = {
+    "default-llama": (llama, {}),
+    "default-gpt2": (gpt2, {}),
+    "default-gemma": (gemma, {}),
+    "default-adalora": (llama, {"total_step": 10}),
+    "default-without": (llama, {"exclude_modules": ["layers.1.self_attn.v_proj"]}),
+    "default-layers": (llama, {"layers_to_transform": [1]}),
+    "all-linear": (llama, {"target_modules": "all-linear"}),
+    "all-linear-upper": (gpt2, {"target_modules": "All-Linear"}),
+    "all-linear-without": (llama, {"target_modules": "all-linear", "exclude_modules": r".*\.(up|down)_proj"}),
+    "all-linear-classifier": (classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "regex": (llama, {"target_modules": r".*\.1\..*\.(q|k)_proj"}),
+    "regex-head": (llama, {"target_modules": r"lm_head|model\.layers\.0\.mlp\..*_proj"}),
+    "endings": (llama, {"target_modules": ["self_attn.q_proj", "down_proj", "model.layers.0.mlp.up_proj"]}),
+    "pattern": (gpt2, {"target_modules": ["c_attn", "c_fc"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    "patterns": (
+        llama, {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]}
+    ),
+    "no-numbers": (llama, {"target_modules": ["q_proj"], "layers_to_transform": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_same_layers_as_peft(case):
+    peft = pytest.importorskip("peft")
+    make, options = TARGETS[case]
+    kind = peft.AdaLoraConfig if "total_step" in options else peft.LoraConfig
+    theirs = peft.get_peft_model(make(), kind(**options))
+    layers = peft.tuners.tuners_utils.BaseTunerLayer
+    expected = [n.removeprefix(PREFIX) for n, m in theirs.named_modules() if isinstance(m, layers)]
+    assert expected
+    ours = peftkern.adapt(make(), kind(**options))
+    assert [name for name, _ in adapted_layers(ours)] == expected
+
+
+def test_default_targets_are_refused_where_there_are_none(monkeypatch):
+    config = peftkern.LoraConfig(target_modules=None)
+    with pytest.raises(ValueError, match="HF PEFT's choice for the type of the model, and it has none for None"):
+        peftkern.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        peft.get_peft_model(phi3(), peft.LoraConfig())
+    with pytest.raises(ValueError, match="and it has none for 'phi3'"):
+        peftkern.adapt(phi3(), config)
+    monkeypatch.setitem(sys.modules, "peft.utils", None)
+    with pytest.raises(ValueError, match="HF PEFT's choice for the type of the model, and peft is not installed"):
+        peftkern.adapt(llama(), config)
