@@ -2,6 +2,8 @@
 """FSDP2 with what is more than a LoRA product: DoRA's norms, adapted embeddings, tied ones, modules that train as a
 whole. Losses and every parameter as in one process, and files of the sharded model."""
 
+import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ MODELS = {
 }
 
 
+PATCHED = {
+    "patched": {"target_modules": ["up", "mid", "down"]},
+    "patched-dora": {"target_modules": ["up", "mid"], "use_dora": True, "use_rslora": True},
+    "patched-whole": {"target_modules": ["up"], "modules_to_save": ["head"]},
+}
+
+
+def make_patched(case: str) -> nn.Module:
+    """HF PEFT's model on our kernels."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **PATCHED[case])
+    return peftkern.patch(peft.get_peft_model(Model(), config))
+
+
 def make(case: str, seed: int = 0) -> Model:
     torch.manual_seed(seed)
     options, quantize = MODELS[case]
@@ -56,13 +74,35 @@ def make(case: str, seed: int = 0) -> Model:
     return peftkern.adapt(model, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **options), quantize=quantize)
 
 
-def sharded(case: str, seed: int = 0) -> Model:
+def sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    model = make(case, seed)
-    for block in model.blocks:
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=mesh())
     return fully_shard(model, mesh=mesh())
+
+
+@contextlib.contextmanager
+def count_calls():
+    """How often a fused call is made by a patched layer, and how often HF PEFT's own forward runs."""
+    from peft.tuners.lora import Linear
+
+    from peftkern.patched import layer
+
+    calls = {"fused": 0, "peft": 0}
+
+    def counted(kind, function):
+        def call(*args, **kwargs):
+            calls[kind] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "adapted_linear", counted("fused", layer.adapted_linear))
+        patch.setattr(layer, "dora_linear", counted("fused", layer.dora_linear))
+        patch.setattr(Linear, "forward", counted("peft", Linear.forward))
+        yield calls
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -71,14 +111,19 @@ def worker(rank: int, world: int, folder: str) -> None:
     results = {}
     for case in MODELS:
         try:
-            model = sharded(case)
+            model = sharded(make(case))
             results[case] = report(model, train(model, make_optimizer(model), STEPS))
             peftkern.save_adapter(model, Path(folder) / case)
-            again = peftkern.load_adapter(sharded(case, seed=1), Path(folder) / case)
+            again = peftkern.load_adapter(sharded(make(case, seed=1)), Path(folder) / case)
             results[case]["trained"] = {n for n, p in model.named_parameters() if p.requires_grad}
             results[case]["loaded"] = report(again, [])["state"]
         except Exception as error:
             results[case] = f"{type(error).__name__}: {error}"
+        dist.barrier()
+    for case in PATCHED if find_spec("peft") else ():
+        model = sharded(make_patched(case))
+        with count_calls() as calls:
+            results[case] = report(model, train(model, make_optimizer(model), STEPS)) | {"fused": calls}
         dist.barrier()
     files = [result_file(Path(folder), world, r) for r in range(world)]
     torch.save(results, files[rank])
@@ -109,3 +154,15 @@ def test_trains_as_one_process(two, case):
     loaded = peftkern.load_adapter(make(case, seed=1), folder / case)
     for name in results[0][case]["trained"]:
         assert torch.equal(loaded.get_parameter(name), results[0][case]["state"][name]), name
+
+
+@pytest.mark.parametrize("case", PATCHED)
+def test_patched_models_train_as_one_process(two, case):
+    pytest.importorskip("peft")
+    model = make_patched(case)
+    alone = report(model, train(model, make_optimizer(model), STEPS))
+    for result in (r[case] for r in two[1]):
+        assert result["fused"] == {"fused": 2 * len(STEPS) * len(PATCHED[case]["target_modules"]), "peft": 0}
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, expected in alone["state"].items():
+            torch.testing.assert_close(result["state"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
