@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import AdaLoraConfig, LoraConfig, fits_pattern, is_excluded, is_target, read_config, with_task_heads
+from .config import (
+    AdaLoraConfig,
+    LoraConfig,
+    fits_pattern,
+    is_excluded,
+    is_target,
+    read_config,
+    with_default_targets,
+    with_task_heads,
+)
 from .modules import AdaLoRALinear, AdaptedLinear, BaseWeight, LoRAEmbedding, LoRALinear, NF4Linear, TiedLoRALinear
 from .modules.conv1d import is_conv1d, new_conv1d
 from .modules.lora import Quantize, quantize_config
@@ -32,7 +41,7 @@ def adapt(model: nn.Module, config: Any, quantize: Quantize = None) -> nn.Module
     >>> type(model[0]).__name__, len(trainable_parameters(model))
     ('LoRALinear', 4)
     """
-    config = with_task_heads(read_config(config))
+    config = with_default_targets(model, with_task_heads(read_config(config, default_targets=True)))
     nf4 = quantize_config(quantize)
     if next(adapted_layers(model), None) is not None:
         raise ValueError("model: expected one without adapters, got one that adapt() has been called on")

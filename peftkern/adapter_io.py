@@ -5,7 +5,8 @@ Keys: ``base_model.model.<layer>.lora_A.weight`` [r, in] and ``.lora_B.weight`` 
 ``.lora_magnitude_vector`` [out]; of embeddings ``.lora_embedding_A`` [r, num] and ``.lora_embedding_B`` [dim, r]; of
 AdaLoRA ``.lora_A``, ``.lora_E`` [r, 1] and ``.lora_B``, without the triplets that config.rank_pattern marks False;
 trained biases and modules_to_save as PEFT names them; with an adapter on a transformers model's ``embed_tokens`` or
-``lm_head`` their frozen weights too, ``.base_layer.weight``, as PEFT does. Saving writes temporary files and renames
+``lm_head`` their frozen weights too, ``.base_layer.weight``, and of a model whose vocabulary has been resized both
+embeddings, ``.weight``, as PEFT does. Saving writes temporary files and renames
 them; loading checks everything before it changes anything.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,18 +49,25 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 Config = LoraConfig | AdaLoraConfig
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, drop_masked: bool = True) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    drop_masked: bool = True,
+    save_embedding_layers: bool | str = "auto",
+) -> Path:
     """Writes model's adapter to directory, which is made if need be; returns it. HF PEFT, vLLM and others read it.
 
     drop_masked: of an AdaLoRA adapter leave out the triplets whose E is 0, as HF PEFT does; False keeps them, to go on
-    training exactly. A model sharded by FSDP2 is gathered: every process calls this, the first one writes.
+    training exactly. save_embedding_layers: write the frozen embeddings of a transformers model too; "auto": if they
+    have adapters, or if vocab_size is another one than in the model's folder. A model sharded by FSDP2 is gathered:
+    every process calls this, the first one writes.
 
     Raises RuntimeError if model has no adapter, OSError if the disk fails, in which case what was there before is
     still whole.
     """
     model = _unwrapped(model)
     tensors, config = _adapter_tensors(model), _config_of(model)
-    tensors |= _frozen_embeddings(model, config, dict(adapted_layers(model)))
+    tensors |= _frozen_embeddings(model, config, dict(adapted_layers(model)), save_embedding_layers)
     sharded = any(is_sharded(t) for t in tensors.values())
     if isinstance(config, AdaLoraConfig):
         tensors, config = _sliced(model, tensors, config, drop_masked)
@@ -129,9 +138,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             expected |= _shapes_of_layers(layers, config)
     else:
         expected = _shapes_after_adapt(model, config)
-    tensors = {name: t for name, t in tensors.items() if not _is_wrapper_bias(name)}
-    frozen = _frozen_embeddings(model, config, layers or find_targets(model, config))
-    expected |= {name: tuple(t.shape) for name, t in frozen.items() if name in tensors}
+    tensors = {name: t for name, t in tensors.items() if not _is_of_wrapper(name)}
+    frozen = _embeddings(model, layers or find_targets(model, config))
+    frozen = {name: t for name, t in frozen.items() if name in tensors and name not in expected}
+    expected |= {name: tuple(t.shape) for name, t in frozen.items()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     _check_names_and_shapes(expected, got, folder / WEIGHTS_NAME)
     if not layers:
@@ -152,8 +162,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             else:
                 _copy_into(target, tensors[name])
         for name, target in frozen.items():
-            if name in tensors:
-                _copy_into(target, tensors[name])
+            _copy_into(target, tensors[name])
     for layer, (alpha, scaling) in scalings.items():
         layer.lora_alpha, layer.scaling, layer.use_rslora = alpha, scaling, config.use_rslora
         layer.lora_dropout = config.lora_dropout
@@ -273,30 +282,59 @@ def _trained_tensors(model: nn.Module, config: Config, layers: Mapping[str, nn.M
     return {PREFIX + name: t for name, t in tensors.items()}
 
 
-def _frozen_embeddings(model: nn.Module, config: Config, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The frozen weights that HF PEFT saves with an adapter on embedding or head. layers: those that have an adapter
-    or are to get one."""
+def _frozen_embeddings(
+    model: nn.Module, config: Config, layers: Mapping[str, nn.Module], save: bool | str
+) -> dict[str, Tensor]:
+    """The frozen weights of embedding and head that HF PEFT saves."""
+    if save not in (True, False, "auto"):
+        raise ValueError(f'save_embedding_layers: expected True, False or "auto", got {save!r}')
     targets = config.target_modules
     if isinstance(targets, str):
         named = (name for name, _ in model.named_modules() if name.rpartition(".")[2] in EMBEDDING_NAMES)
         asked = targets != "all-linear" and any(matches(name, targets) for name in named)
     else:
         asked = any(name in targets for name in EMBEDDING_NAMES)
-    if not asked or not hasattr(model, "get_input_embeddings"):
+    if save == "auto":
+        save = asked or _is_resized(model, config)
+    if not save:
         return {}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {name: layer for name, layer in layers.items() if any(layer is end for end in ends)}
+    if not hasattr(model, "get_input_embeddings"):
+        if not asked:
+            warnings.warn("save_embedding_layers: the model does not say which layers those are", stacklevel=3)
+        return {}
+    whole = tuple(f"{PREFIX}{name}." for name in find_saved_modules(model, config))  # which are saved anyway
+    found = _embeddings(model, layers)
+    return {n: t for n, t in found.items() if (".base_layer." in n or not asked) and not n.startswith(whole)}
+
+
+def _embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Weights of input and output embedding of a transformers model, by HF PEFT's names. layers: those that have an
+    adapter or are to get one."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     return {
-        f"{PREFIX}{name}.base_layer.{leaf}": t
-        for name, layer in found.items()
-        for leaf, t in layer.state_dict(keep_vars=True).items()  # of a merged layer the unmerged weight
+        f"{PREFIX}{name}.{'base_layer.' if name in layers else ''}{leaf}": t
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+        for leaf, t in module.state_dict(keep_vars=True).items()  # of a merged layer the unmerged weight
         if not leaf.startswith("lora_")
     }
 
 
-def _is_wrapper_bias(name: str) -> bool:
-    """With bias="all" HF PEFT also saves the biases of the two copies that it makes of a module to save."""
-    return name.endswith(".bias") and (".original_module." in name or ".modules_to_save." in name)
+def _is_resized(model: nn.Module, config: Config) -> bool:
+    """Does the config in the folder that the model was read from have another size of vocabulary?"""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    folder = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    if not size or not folder or not (Path(folder) / "config.json").exists():
+        return False
+    return size != type(model.config).from_pretrained(folder).vocab_size
+
+
+def _is_of_wrapper(name: str) -> bool:
+    """Of the two copies that HF PEFT makes of a module to save it also saves the biases with bias="all", and all there
+    is if the module is an embedding of another size. What counts has the module's own name."""
+    return ".original_module." in name or ".modules_to_save." in name
 
 
 def _fan_in_fan_out(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ class LoraConfig:
 
     r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: as for LoRALinear.
     target_modules: module names or name endings; a regular expression that has to match the whole name; or
-        "all-linear", every linear layer but the output head.
+        "all-linear", every linear layer but the output head. None: HF PEFT's choice for the type of the model.
     exclude_modules: the same, for layers to leave alone.
     layers_to_transform, layers_pattern: of the layers that a list of endings in target_modules finds only those with
         these numbers; the number is the first one in the name, or the one behind a name of layers_pattern.
@@ -42,7 +42,7 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -116,7 +116,7 @@ class AdaLoraConfig:
     orth_reg_weight: float = 0.5
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -170,10 +170,12 @@ class AdaLoraConfig:
 
 
 def _check_targets(config: LoraConfig | AdaLoraConfig) -> None:
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = "all-linear"
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         names = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not (names or isinstance(value, str) or (value is None and name == "exclude_modules")):
+        if not (names or isinstance(value, str) or value is None):
             raise ValueError(f"{name}: expected a list of names or a pattern, got {value!r}")
         if isinstance(value, str):
             _check_pattern(name, value)
@@ -195,7 +197,7 @@ def _check_targets(config: LoraConfig | AdaLoraConfig) -> None:
         raise ValueError(f"modules_to_save: expected a list of names, got {saved!r}")
     if config.bias not in BIAS:
         raise ValueError(f"bias: expected one of {BIAS}, got {config.bias!r}")
-    if not config.target_modules:
+    if config.target_modules is not None and not config.target_modules:
         raise ValueError(f'target_modules: expected names, a pattern or "all-linear", got {config.target_modules!r}')
 
 
@@ -269,8 +271,32 @@ _PEFT_ONLY = {"peft_type", "auto_mapping", "peft_version", "revision", "inferenc
 _CONFIGS: dict[str, type[LoraConfig] | type[AdaLoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
 
 
-def read_config(config: Any) -> LoraConfig | AdaLoraConfig:
+def with_default_targets(model: Any, config: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
+    """config with the target_modules that HF PEFT takes for this type of model, where it has None."""
+    if config.target_modules is not None:
+        return config
+    try:
+        from peft.utils import constants
+    except ImportError as error:
+        raise ValueError(
+            'target_modules: expected names, a pattern or "all-linear"; None stands for HF PEFT\'s choice for the type '
+            "of the model, and peft is not installed"
+        ) from error
+    method = "LORA" if isinstance(config, LoraConfig) else "ADALORA"
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in table:
+        raise ValueError(
+            'target_modules: expected names, a pattern or "all-linear"; None stands for HF PEFT\'s choice for the type '
+            f"of the model, and it has none for {kind!r}"
+        )
+    targets = table[kind]
+    return dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else list(targets))
+
+
+def read_config(config: Any, default_targets: bool = False) -> LoraConfig | AdaLoraConfig:
     """Ours from ours, from a ``peft.LoraConfig`` or ``peft.AdaLoraConfig``, or from the dict of an adapter_config.json.
+    default_targets: target_modules may be None (with_default_targets).
 
     Raises TypeError for anything else and ValueError for a PEFT option that would change the result and is not
     supported, so that nothing is silently ignored.
@@ -294,12 +320,13 @@ def read_config(config: Any) -> LoraConfig | AdaLoraConfig:
         off = value in (None, False, "", [], {}, ()) or (name in defaults and value == defaults[name])
         if name not in fields and name not in _PEFT_ONLY and not off and not _harmless(kind, name):
             raise ValueError(f"config.{name}: expected its default, this option is not supported here; got {value!r}")
-    if values.get("target_modules") is None:
+    if values.get("target_modules") is None and not default_targets:
         raise ValueError(
             'config.target_modules: expected names, a pattern or "all-linear", got None, with which HF PEFT chooses by '
             "the type of the model"
         )
     ours = {name: value for name, value in values.items() if name in fields and value is not None}
+    ours.setdefault("target_modules", None)
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
         if isinstance(ours.get(name), (set, tuple)):
             ours[name] = sorted(ours[name])

@@ -62,7 +62,7 @@ def test_round_trip_with_buffers_and_another_dtype(tmp_path):
     for call in (peftkern.merge, peftkern.unmerge):
         call(model)
     merged = peftkern.merge(model, unload=True)
-    torch.testing.assert_close(merged(x), fresh(x))
+    torch.testing.assert_close(merged(x), fresh(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_tied_module_becomes_a_copy():
