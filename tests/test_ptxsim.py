@@ -469,6 +469,44 @@ def test_cost_of_a_stride(stride, sectors, waves):
     assert all("memory.cu" in line for line in result.by_line())
 
 
+@pytest.mark.parametrize(("bug", "moved"), [("", 2), ("BUG_SPREAD_OUT", 9), ("BUG_WORKSPACE", 3)])
+def test_distinct_bytes(bug, moved):
+    """`moved`, of n values: a sector counts once however often it is asked for, and whole."""
+    n = 2048
+    x, y = buffer(random(8 * n)), buffer(2 * n, FLOAT)
+    kernel = compiled("memory.cu", defines=(bug,) if bug else ()).kernel("twice_through_y")
+    stats = kernel.launch(8, 256, [x, y, n]).check().stats
+    assert stats["distinct_bytes"] == 4 * n * moved and stats["global_bytes"] == 4 * n * 6
+    assert kernel.launch(1, 1, [x + 4, y + 28, 1]).stats["distinct_bytes"] == 64 + 32 * (bug == "BUG_WORKSPACE")
+
+
+OVERLAP_BUGS = {
+    "BUG_READS_TOO_EARLY": {"before_grid_wait"},
+    "BUG_WRITES_TOO_EARLY": {"before_grid_wait"},
+    "BUG_HALF_WAITS": {"no_grid_wait"},
+    "BUG_NEVER_WAITS": {"before_grid_wait", "no_grid_wait"},
+}
+
+
+@pytest.mark.parametrize("bug", ["", *OVERLAP_BUGS])
+def test_launches_that_overlap(bug):
+    """What the launch before writes is not read before the wait, what it touches not written; every thread waits."""
+    file = "grid_dependency.cu"
+    module = compiled(file, "sm_90", (bug,) if bug else ())
+    x, scratch = random(32), random(32, seed=1)
+    filled, y, memory = buffer(32, FLOAT), buffer(32, FLOAT, name="y"), buffer(scratch)
+    first = module.kernel("fill").launch(1, 32, [filled, memory]).check()
+    arguments = [buffer(x), filled, y, memory]
+    module.kernel("add").launch(1, 32, arguments).check()  # one after the other, all of them are right
+    result = module.kernel("add").launch(1, 32, arguments, overlaps=first)
+    if not bug:
+        result.check(written=[y])
+        assert (y.array == x + scratch).all()
+    assert {report.kind for report in result.reports} == OVERLAP_BUGS.get(bug, set())
+    if "before_grid_wait" in OVERLAP_BUGS.get(bug, ()):
+        assert marked_lines(file, bug) <= reported_lines(result, "before_grid_wait", file)
+
+
 def test_counts_of_a_gemm():
     stats = gemm(compiled("gemm.cu"), 2, m=64, n=64, k=64)[0].check().stats
     assert stats["mma"] == 4 * (2 * 4) * 4  # warps, tiles of a warp, steps of 16

@@ -42,9 +42,7 @@ PLAIN = {
     for opcode in _words(opcodes)
 }
 # Hints and waits without an effect here
-IGNORED = _words(
-    "prefetch prefetchu nanosleep griddepcontrol discard applypriority brkpt createpolicy setmaxnreg pmevent"
-)
+IGNORED = _words("prefetch prefetchu nanosleep discard applypriority brkpt createpolicy setmaxnreg pmevent")
 ROUNDED = {"add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp"}  # may ask for a directed rounding mode
 FLAG_NAMES = {"ftz": "ftz", "sat": "sat", "hi": "hi", "wide": "wide", "NaN": "nan", "relu": "relu"}
 STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}
@@ -54,7 +52,7 @@ MODIFIERS = set(
         "lo hi wide approx full uni sync aligned cta gpu sys cluster gl sc weak noftz proxy v2 v4 v8 nc to l r clamp "
         "wrap shiftamt ca cg cs cv lu wb wt up down bfly idx all any ballot warp arrive red popc shared::cta "
         "param::entry param::func async commit_group wait_group wait_all m8n8 x1 x2 x4 trans row col "
-        "m16n8k4 m16n8k8 m16n8k16 m16n8k32 "
+        "launch_dependents wait m16n8k4 m16n8k8 m16n8k16 m16n8k32 "
         "finite infinite number notanumber normal subnormal"
     )
 )
@@ -542,6 +540,9 @@ class Decoder:
         self._emit("nop" if self._has("cta", "proxy") else "fence")
 
     _decode_membar = _decode_fence
+
+    def _decode_griddepcontrol(self):
+        self._emit("grid_wait" if self._which("launch_dependents", "wait") else "nop")
 
     def _decode_bra(self, label):
         self.branches.append((len(self.records), label, list(self.scopes)))

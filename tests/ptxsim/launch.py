@@ -70,6 +70,7 @@ class Kernel:
         max_steps: int = 10**9,
         drop: int | None = None,
         blocks: tuple[int, ...] = (),
+        overlaps: Result | None = None,
     ) -> Result:
         """Runs the kernel to its end, or to its 200th report.
 
@@ -78,6 +79,7 @@ class Kernel:
         schedule: "default" runs warps in order; "random" interleaves them by `seed`; "chaos" splits warps as well.
         drop: an instruction to leave out, for mutation tests.
         blocks: the blocks to run of a grid that is too large to run all; negative ones count from its end.
+        overlaps: the launch before, if this one may start while that one runs (programmatic dependent launch).
         """
         grid, block = _extents(grid), _extents(block)
         threads = int(np.prod(block))
@@ -114,15 +116,16 @@ class Kernel:
             instructions = instructions.copy()
             instructions["op"][drop] = core().OPS["nop"]
         constants = dict(self.program.numbers) | {s: v.address for s, v in self.program.symbols.items()}
-        stats, reports, steps = core().run(
+        stats, reports, footprints, steps = core().run(
             instructions,
             config,
             list(constants.values()),
             list(constants),
             [(b.address, b.bytes, b.state, not b.writable, b.races) for b in reachable],
+            overlaps.footprints if overlaps else [],
             np.frombuffer(self._pack(args) + b"\0", np.uint8).copy(),
         )
-        return Result(self, stats, reports, reachable, steps, grid, block)
+        return Result(self, stats, reports, reachable, footprints, steps, grid, block)
 
     def _pack(self, args) -> bytes:
         if len(args) != len(self.parameters):

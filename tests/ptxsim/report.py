@@ -72,10 +72,11 @@ class Report:
 
 
 class Result:
-    """`reports`, `stats` and `raw`: the counters of each PTX instruction, as arrays."""
+    """`reports`, `stats`, and in arrays `raw`: the counters of each PTX instruction; `footprints`: of each buffer the
+    address of the first sector, and what was done to each (SECTOR_ of core/types.h)."""
 
-    def __init__(self, kernel, stats: np.ndarray, reports: np.ndarray, buffers, steps: int, grid, block):
-        self.kernel, self.raw, self.buffers = kernel, stats, buffers
+    def __init__(self, kernel, stats: np.ndarray, reports: np.ndarray, buffers, footprints, steps, grid, block):
+        self.kernel, self.raw, self.buffers, self.footprints = kernel, stats, buffers, footprints
         self.steps, self.grid, self.block = steps, grid, block
         self._kinds = list(core().REPORTS)
         self.reports = self._merged(
@@ -158,7 +159,9 @@ class Result:
 
     @property
     def stats(self) -> dict:
-        """Totals. Bytes and sectors are of global memory, waves of shared memory."""
+        """Totals. Bytes and sectors are of global memory, waves of shared memory. Of `distinct_bytes` a sector counts
+        once if it was read before the launch wrote it, and once if it was written: what the memory behind an L2 moves
+        that is empty before the launch and holds all that the launch touches."""
         raw, opcodes = self.raw, np.array(self.kernel.program.opcodes)
         total = {name: int(raw[name].sum()) for name in raw.dtype.names}
         classes = Counter()
@@ -166,7 +169,10 @@ class Result:
             classes[CLASS_OF.get(str(op), "alu")] += int(raw["warps"][opcodes == op].sum())
         reaches_global = raw["sectors"] > 0
         writes = reaches_global & (opcodes == "st")
+        machine, touched = core(), np.concatenate([np.zeros(0, np.uint8), *(s for _, s in self.footprints)])
+        distinct = sum(np.count_nonzero(touched & bit) for bit in (machine.SECTOR_FETCHED, machine.SECTOR_WRITTEN))
         result = {
+            "distinct_bytes": machine.SECTOR_BYTES * int(distinct),
             "thread_instructions": total["threads"],
             "warp_instructions": total["warps"],
             "classes": dict(classes),

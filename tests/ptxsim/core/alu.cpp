@@ -450,6 +450,7 @@ __attribute__((noinline)) void Machine::execute(Warp& w, const I& in, u32 mask) 
     case op_activemask: return for_lanes(mask, [&](int l) { slot(0)[l] = mask; });
     case op_clock: return for_lanes(mask, [&](int l) { slot(0)[l] = steps; });
     case op_fence: fenced_ = true; return;
+    case op_grid_wait: return for_lanes(mask, [&](int l) { threads_[w.thread(l)].grid_waited = true; });
     case op_nop: return;
     default: report(report_unsupported, w.thread(first_lane(mask)));
   }

@@ -24,8 +24,10 @@ py::dict numbered(std::initializer_list<const char*> names) {
 }
 
 // buffers: (address, data, initialised, read_only, track_races), with arrays of bytes
+// before: the footprints (address, sectors) of the launch that this one may overlap with; none where it may not
 py::tuple run(Records<Instruction> program, const LaunchConfig& config, const std::vector<u64>& constants,
-              const std::vector<s32>& constant_slots, const py::list& buffers, Records<u8> params) {
+              const std::vector<s32>& constant_slots, const py::list& buffers, const py::list& before,
+              Records<u8> params) {
   std::vector<Buffer> plain;
   for (py::handle item : buffers) {
     auto [address, data, initialised, read_only, track_races] =
@@ -33,18 +35,28 @@ py::tuple run(Records<Instruction> program, const LaunchConfig& config, const st
     plain.push_back({address, static_cast<u64>(data.size()), static_cast<u8*>(const_cast<void*>(data.request().ptr)),
                      static_cast<u8*>(const_cast<void*>(initialised.request().ptr)), read_only, track_races});
   }
+  std::vector<Footprint> plain_before;
+  for (py::handle item : before) {
+    auto [address, sectors] = item.cast<std::tuple<u64, Records<u8>>>();
+    plain_before.push_back({address, {sectors.data(), sectors.data() + sectors.size()}});
+  }
   const py::ssize_t instructions = program.size();
   if (instructions >= Touch::instruction_limit) throw py::value_error("a kernel may have 131,071 instructions at most");
   Records<InstructionStats> stats(instructions);
   memset(stats.mutable_data(), 0, stats.nbytes());
-  Machine machine(program.data(), config, plain, params.mutable_data(), stats.mutable_data());
+  Machine machine(program.data(), config, plain, plain_before, params.mutable_data(), stats.mutable_data());
   {
     py::gil_scoped_release release;
     machine.run(constants, constant_slots);
   }
   Records<Report> reports(static_cast<py::ssize_t>(machine.reports.size()));
   std::copy(machine.reports.begin(), machine.reports.end(), reports.mutable_data());
-  return py::make_tuple(stats, reports, machine.steps);
+  py::list footprints;
+  for (const Footprint& part : machine.footprints) {
+    footprints.append(
+        py::make_tuple(part.address, Records<u8>(static_cast<py::ssize_t>(part.sectors.size()), part.sectors.data())));
+  }
+  return py::make_tuple(stats, reports, footprints, machine.steps);
 }
 
 }  // namespace
@@ -66,6 +78,9 @@ PYBIND11_MODULE(ptxsim_core, m) {
   m.attr("REPORTS") = numbered({PTXSIM_REPORTS(X)});
   m.attr("FLAG_BITS") = numbered({PTXSIM_FLAGS(X)});
 #undef X
+  m.attr("SECTOR_BYTES") = sector_bytes;
+  m.attr("SECTOR_WRITTEN") = sector_written;
+  m.attr("SECTOR_FETCHED") = sector_fetched;
   m.attr("WINDOW_BITS") = window_bits;
   m.attr("FIRST_WINDOW") = first_window;
   m.attr("BUFFER_SHARED") = buffer_shared;
@@ -91,5 +106,5 @@ PYBIND11_MODULE(ptxsim_core, m) {
       .def_readwrite("max_steps", &LaunchConfig::max_steps)
       .def_readwrite("only_blocks", &LaunchConfig::only_blocks);
   m.def("run", &run, py::arg("program"), py::arg("config"), py::arg("constants"), py::arg("constant_slots"),
-        py::arg("buffers"), py::arg("params"));
+        py::arg("buffers"), py::arg("before"), py::arg("params"));
 }

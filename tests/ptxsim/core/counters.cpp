@@ -60,4 +60,27 @@ void Machine::count_request(InstructionStats& stats, u32 mask, const u64* addres
   }
 }
 
+// Notes the sectors of one lane's access, and checks its order with the launch before: until griddepcontrol.wait that
+// one may still run, so what it writes must not be read, nor what it touches be written.
+void Machine::touch_sectors(const Region& region, u64 offset, int size, u32 thread, AccessKind kind) {
+  const u64 from = region.address % sector_bytes + offset, first = region.address / sector_bytes * sector_bytes;
+  for (u64 i = from / sector_bytes; i <= (from + size - 1) / sector_bytes; ++i) {
+    u8& sector = region.sectors[i];
+    if (kind != AccessKind::write) sector |= sector & sector_written ? sector_read : sector_read | sector_fetched;
+    if (kind != AccessKind::read) sector |= sector_written;
+    if (before_.empty() || threads_[thread].grid_waited) continue;
+    if (touched_before(first + i * sector_bytes) & (kind == AccessKind::read ? sector_written : 0xff)) {
+      report(report_before_grid_wait, thread, region.address + offset, {}, region.id, size);
+    }
+  }
+}
+
+u8 Machine::touched_before(u64 address) const {
+  for (const Footprint& part : before_) {
+    const u64 i = (address - part.address) / sector_bytes;
+    if (address >= part.address && i < part.sectors.size()) return part.sectors[i];
+  }
+  return 0;
+}
+
 }  // namespace ptxsim

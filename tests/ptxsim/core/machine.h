@@ -41,6 +41,7 @@ struct Region {
   ByteHistory* history = nullptr;        // null where races are not followed
   bool read_only = false;
   s32 id = buffer_none;
+  u8* sectors = nullptr;  // of its footprint; null for what is not global memory
 };
 
 // A cp.async: its bytes were read at the issue and land at the wait. Until then the destination is in flight.
@@ -53,6 +54,7 @@ struct AsyncCopy {
 struct Thread {
   std::vector<AsyncCopy> open;  // not yet committed
   std::deque<std::vector<AsyncCopy>> groups;
+  bool grid_waited;
 };
 
 struct Warp {
@@ -95,12 +97,13 @@ inline u32 count_lanes(u32 mask) { return __builtin_popcount(mask); }
 
 class Machine {
  public:
-  Machine(const Instruction* program, const LaunchConfig& config, const std::vector<Buffer>& buffers, u8* params,
-          InstructionStats* stats);
+  Machine(const Instruction* program, const LaunchConfig& config, const std::vector<Buffer>& buffers,
+          const std::vector<Footprint>& before, u8* params, InstructionStats* stats);
   ~Machine();
   void run(const std::vector<u64>& constants, const std::vector<s32>& constant_slots);
 
   std::vector<Report> reports;
+  std::vector<Footprint> footprints;  // one for each buffer
   u64 steps = 0;
 
  private:
@@ -139,6 +142,8 @@ class Machine {
 
   // counters.cpp
   void count_request(InstructionStats& stats, u32 mask, const u64* address, int size, int space);
+  void touch_sectors(const Region& region, u64 offset, int size, u32 thread, AccessKind kind);
+  u8 touched_before(u64 address) const;
 
   // warp_ops.cpp, mma.cpp
   void shuffle(Warp& w, const I& in, u32 mask);
@@ -184,7 +189,8 @@ class Machine {
   InstructionStats* stats_;
 
   std::vector<Region> buffers_;
-  std::vector<s32> window_;  // window number - first_used_window_ -> index of a buffer, or -1
+  const std::vector<Footprint>& before_;  // of the launch that this one may overlap with
+  std::vector<s32> window_;               // window number - first_used_window_ -> index of a buffer, or -1
   u64 first_used_window_ = 0;
   std::vector<s32> host_buffers_;  // buffers at host addresses, by address
   Region shared_, param_;

@@ -70,6 +70,7 @@ u8* Machine::access(u32 thread, int space, u64 address, int size, AccessKind kin
     }
     track(*region, offset, size, thread, kind, in.flags & flag_strong, value);
   }
+  if (region->sectors) touch_sectors(*region, offset, size, thread, kind);
   return region->data + offset;
 }
 

@@ -7,9 +7,9 @@
 
 namespace ptxsim {
 
-Machine::Machine(const Instruction* program, const LaunchConfig& config, const std::vector<Buffer>& buffers, u8* params,
-                 InstructionStats* stats)
-    : program_(program), config_(config), stats_(stats) {
+Machine::Machine(const Instruction* program, const LaunchConfig& config, const std::vector<Buffer>& buffers,
+                 const std::vector<Footprint>& before, u8* params, InstructionStats* stats)
+    : program_(program), config_(config), stats_(stats), before_(before) {
   threads_in_block_ = config.block[0] * config.block[1] * config.block[2];
   warps_in_block_ = (threads_in_block_ + 31) / 32;
   blocks_ = config.grid[0] * config.grid[1] * config.grid[2];
@@ -40,6 +40,9 @@ void Machine::place_buffers(const std::vector<Buffer>& buffers) {
     }
     buffers_.push_back({buffer.address, buffer.size, buffer.data, buffer.initialised,
                         static_cast<ByteHistory*>(history), buffer.read_only, id});
+    footprints.push_back({buffer.address / sector_bytes * sector_bytes, {}});
+    footprints.back().sectors.resize((buffer.address % sector_bytes + buffer.size + sector_bytes - 1) / sector_bytes);
+    buffers_.back().sectors = footprints.back().sectors.data();
     const u64 window = buffer.address >> window_bits;
     if (window < first_window) {
       host_buffers_.push_back(id);
@@ -161,6 +164,7 @@ void Machine::leave(Warp& w, const I& in, u32 mask) {
     size_t copies = thread.open.size();
     for (const auto& group : thread.groups) copies += group.size();
     if (copies) report(report_never_waited, w.thread(l), 0, {}, buffer_none, static_cast<int>(copies));
+    if (!before_.empty() && !thread.grid_waited) report(report_no_grid_wait, w.thread(l));
   });
   w.running &= ~mask;
   w.done |= mask;
@@ -234,6 +238,7 @@ void Machine::start_block(const std::vector<u64>& constants, const std::vector<s
   for (Thread& thread : threads_) {
     thread.groups.clear();
     thread.open.clear();
+    thread.grid_waited = false;
   }
   fenced_ = false;
   std::fill(taken_in_.begin(), taken_in_.end(), 0);

@@ -32,7 +32,8 @@ using u128 = unsigned __int128;
   X(and) X(or) X(xor) X(not) X(cnot) X(lop3) X(shl) X(shr) X(shf) X(popc) X(clz) X(brev) X(bfind) X(bfe) X(bfi) \
   X(bmsk) X(sad) X(prmt) X(dp4a) X(dp2a) X(selp) X(setp) X(set) X(cvt) X(cvt2) X(cvta) X(sqrt) X(rsqrt) X(rcp) \
   X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) \
-  X(ld) X(st) X(atom) X(cp_async) X(cp_commit) X(cp_wait) X(cp_wait_all) X(fence) X(nop) X(clock) X(activemask) \
+  X(ld) X(st) X(atom) X(cp_async) X(cp_commit) X(cp_wait) X(cp_wait_all) X(fence) X(grid_wait) X(nop) X(clock) \
+  X(activemask) \
   X(shfl) X(vote) X(match) X(redux) X(warpsync) X(ldmatrix) X(stmatrix) X(mma) X(bar) \
   X(bra) X(brx) X(exit) X(trap) X(assertfail)
 
@@ -47,7 +48,7 @@ using u128 = unsigned __int128;
 #define PTXSIM_REPORTS(X) \
   X(out_of_bounds) X(misaligned) X(uninitialised_read) X(read_only_write) X(cp_async_in_flight) X(race) \
   X(race_same_value) X(deadlock) X(sync_mask) X(inactive_lane) X(trap) X(assertion) X(step_limit) X(never_waited) \
-  X(unsupported) X(nc_of_written)
+  X(unsupported) X(nc_of_written) X(before_grid_wait) X(no_grid_wait)
 // clang-format on
 
 #define X(name) type_##name,
@@ -111,6 +112,16 @@ struct Report {
 };
 
 constexpr s32 buffer_none = -1, buffer_shared = -2, buffer_local = -3, buffer_param = -4;
+
+// What a launch did to a 32-byte sector of global memory: bits of a byte. Fetched: read before it had written there.
+constexpr int sector_bytes = 32;
+constexpr u8 sector_read = 1, sector_written = 2, sector_fetched = 4;
+
+// The sectors of a piece of memory, from the one that holds `address` on.
+struct Footprint {
+  u64 address;
+  std::vector<u8> sectors;
+};
 
 struct Buffer {
   u64 address, size;

@@ -13,6 +13,24 @@ __global__ void twice(const float* x, float* y, int n) {
   y[i] = 2.f * x[i];  // <- BUG_ONE_PAST_THE_END
 }
 
+// The same, through y: what it reads back is on the chip. Broken it takes 4 bytes of every sector of x, or a workspace.
+__global__ void twice_through_y(const float* x, volatile float* y, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+#ifdef BUG_SPREAD_OUT
+  y[i] = x[8 * i];
+#else
+  y[i] = x[i];
+#endif
+#ifdef BUG_WORKSPACE
+  volatile float* part = y + n;
+#else
+  volatile float* part = y;
+#endif
+  part[i] = 2.f * y[i];
+  y[i] = part[i];
+}
+
 // Four values a thread, with 16-byte accesses.
 __global__ void twice_by_four(const float* x, float* y, int n) {
   int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
