@@ -6,19 +6,21 @@ python benchmarks/adalora_vs_lora.py chain     the same layers in a chain, where
 python benchmarks/adalora_vs_lora.py text      SmolLM2-135M on Python's language reference
 
 LoRA has rank r everywhere; AdaLoRA starts at 2 r and ends with a mean of r, its pruned triplets removed: as many
-parameters at the end, twice as many at the start. Both are scaled alike. Each method takes the learning rate with the
-lowest validation loss on a seed that is not counted: AdaLoRA's E starts at 0 and needs a higher one. What is reported
-is the loss on other data.
+parameters at the end, twice as many at the start. Each method takes the learning rate, and of several --scaling the
+one, with the lowest validation loss on a seed that is not counted: AdaLoRA's E starts at 0 and needs higher ones. What
+is reported is the loss on other data. With --results FILE every run is a line of that file, and what is there already
+is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
+import json
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -76,7 +78,7 @@ class SideBySide(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
-def teacher_run(method: str, seed: int, lr: float, chain: bool = False) -> Result:
+def teacher_run(method: str, seed: int, lr: float, scaling: float, chain: bool = False) -> Result:
     """A frozen network of 6 layers, side by side or in a chain; the teacher is it plus updates of rank TRUE_RANKS,
     in an order that the seed shuffles; noise on the targets, 512 samples to learn from."""
     torch.manual_seed(seed)
@@ -95,7 +97,7 @@ def teacher_run(method: str, seed: int, lr: float, chain: bool = False) -> Resul
         rows = torch.randint(len(x), (64,), generator=order)
         return nn.functional.mse_loss(model(x[rows]), y[rows])
 
-    ranks = fit(base, method, 4, lr, 1500, loss_of, "all-linear", 2.0)
+    ranks = fit(base, method, 4, lr, 1500, loss_of, "all-linear", scaling)
     with torch.no_grad():
         losses = [nn.functional.mse_loss(base.eval()(x), teacher(x)).item() for x in held_out]
     return *losses, {f"true {t}": r for t, r in sorted(zip(true, ranks.values(), strict=False))}
@@ -107,7 +109,7 @@ def teacher_run(method: str, seed: int, lr: float, chain: bool = False) -> Resul
 class Text:
     """SmolLM2-135M and the demo's text, an example of 128 tokens a step; training, validation, test by document."""
 
-    STEPS, BATCH, EXAMPLES = 60, 1, 16
+    STEPS, BATCH, EXAMPLES = 120, 1, 16
 
     def __init__(self) -> None:
         from peftkern.finetune import data
@@ -127,7 +129,7 @@ class Text:
         parts = [model(input_ids=ids, labels=ids).loss.item() for ids in examples[: self.EXAMPLES].split(8)]
         return statistics.mean(parts)
 
-    def run(self, method: str, seed: int, lr: float) -> Result:
+    def run(self, method: str, seed: int, lr: float, scaling: float) -> Result:
         torch.manual_seed(seed)
         model, order = copy.deepcopy(self.base), torch.Generator().manual_seed(seed)
 
@@ -135,36 +137,68 @@ class Text:
             ids = self.train[torch.randint(len(self.train), (self.BATCH,), generator=order)]
             return model(input_ids=ids, labels=ids).loss
 
-        ranks = fit(model, method, 4, lr, self.STEPS, loss_of, "all-linear", 2.0)
+        ranks = fit(model, method, 4, lr, self.STEPS, loss_of, "all-linear", scaling)
         with torch.no_grad():
             return self.loss(model.eval(), self.validation), self.loss(model, self.test), ranks
 
 
-def best_rate(run: Callable[[str, int, float], Result], method: str) -> float:
-    """Of rising learning rates the last one before validation gets worse."""
-    losses: list[float] = []
-    for lr in LEARNING_RATES:
-        losses.append(run(method, 100, lr)[0])
-        print(f"{method:8} lr {lr:g}: validation loss {losses[-1]:.5f}", flush=True)
-        if not losses[-1] <= min(losses):
-            break
-    return LEARNING_RATES[losses.index(min(losses))]
+class Runs:
+    """Runs of one task, from the file if it has them."""
+
+    def __init__(self, task: str, file: Path | None) -> None:
+        self.task, self.file, self.text = task, file, None
+        self.done: dict[tuple, Result] = {}
+
+    def __call__(self, method: str, scaling: float, lr: float, seed: int) -> Result:
+        key = (self.task, scaling, method, seed, lr)
+        if self.file and self.file.exists():
+            self.done |= {tuple(k): result for k, result in map(json.loads, self.file.read_text().splitlines())}
+        if key not in self.done:
+            self.done[key] = self.run(method, scaling, lr, seed)
+            if self.file:
+                with self.file.open("a") as f:
+                    print(json.dumps((key, self.done[key])), file=f)
+        return self.done[key]
+
+    def run(self, method: str, scaling: float, lr: float, seed: int) -> Result:
+        if self.task != "text":
+            return teacher_run(method, seed, lr, scaling, chain=self.task == "chain")
+        self.text = self.text or Text()
+        return self.text.run(method, seed, lr, scaling)
+
+    def best(self, method: str, scalings: list[float]) -> tuple[float, float]:
+        """Scaling and learning rate; of a scaling, rising rates until validation gets worse."""
+        losses: dict[tuple[float, float], float] = {}
+        for scaling in scalings:
+            lowest = math.inf
+            for lr in LEARNING_RATES:
+                loss = losses[scaling, lr] = self(method, scaling, lr, 100)[0]
+                print(f"{method:8} scaling {scaling:g} lr {lr:g}: validation loss {loss:.5f}", flush=True)
+                if not loss <= lowest:
+                    break
+                lowest = loss
+        return min(losses, key=lambda k: losses[k])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
-    task = parser.parse_args().task
-    run = Text().run if task == "text" else functools.partial(teacher_run, chain=task == "chain")
+    parser.add_argument("--scaling", type=float, nargs="+", default=[2.0], help="of the update, for both methods")
+    parser.add_argument("--results", type=Path, help="JSON lines, to go on from")
+    parser.add_argument("--threads", type=int, help="of torch")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run = Runs(args.task, args.results)
     results: dict[str, list[float]] = {}
     for method in ("lora", "adalora"):
-        lr = best_rate(run, method)
+        scaling, lr = run.best(method, args.scaling)
         results[method] = []
         for seed in SEEDS:
-            _, loss, ranks = run(method, seed, lr)
+            _, loss, ranks = run(method, scaling, lr, seed)
             results[method].append(loss)
-            spread = ranks if len(ranks) <= 6 else f"{min(ranks.values())} to {max(ranks.values())}"
-            print(f"{method:8} lr {lr:g} seed {seed}: test loss {loss:.5f}  {spread or ''}", flush=True)
+            spread = (ranks if len(ranks) <= 6 else f"{min(ranks.values())} to {max(ranks.values())}") or ""
+            print(f"{method:8} scaling {scaling:g} lr {lr:g} seed {seed}: test loss {loss:.5f}  {spread}", flush=True)
     for method, losses in results.items():
         print(f"{method:8} mean {statistics.mean(losses):.5f}, standard deviation {statistics.stdev(losses):.5f}")
     better = sum(a < b for a, b in zip(results["adalora"], results["lora"], strict=True))

@@ -102,18 +102,46 @@ def test_allocator_step(base, batches):
 
 
 def test_allocator_grows_with_the_parameters():
-    """The same number of layers, ever larger ones."""
-    times = {}
-    for width in (512, 1024, 2048, 4096):
+    """The same number of layers, ever larger ones; all but the first need more than the caches hold."""
+    calls = {}
+    for width in (2048, 4096, 8192, 16384, 32768):
         layers = torch.nn.ModuleList(peftkern.AdaLoRALinear(width, 4, r=RANK) for _ in range(48))
         for p in layers.parameters():
             p.grad = torch.randn_like(p) if p.requires_grad else None
-        allocator = peftkern.RankAllocator(layers, adalora_config())
         n = sum(m.lora_A.numel() + m.lora_B.numel() for m in layers)
-        times[n] = medians({"peftkern": allocator.update_and_allocate}, 1.0, (9, 60))["peftkern"]
-    print()
+        calls[n] = peftkern.RankAllocator(layers, adalora_config()).update_and_allocate
+    times = medians(calls, 3.0, (9, 60))
+    print("\n| parameters, M | ms | ns a parameter |\n|---:|---:|---:|")
     for n, t in times.items():
-        print(f"{n / 1e6:6.2f} M elements {t * 1e3:7.3f} ms {t / n * 1e9:6.2f} ns an element")
+        print(f"| {n / 1e6:.1f} | {t * 1e3:.2f} | {t / n * 1e9:.2f} |")
+    (_, n1, *_, n2) = times
+    assert times[n2] / times[n1] < 1.5 * n2 / n1
+
+
+def test_layer_by_rank():
+    """What the low-rank part costs above the same frozen layer: forward and backward, 1,024 rows in bf16."""
+    ranks = (4, 8, 12, 16, 24, 32, 48, 64)
+    print(f"\n| in x out | frozen, ms | {' | '.join(f'r = {r}' for r in ranks)} |\n|---|{'---:|' * (len(ranks) + 1)}")
+    for fan_in, fan_out in ((576, 576), (576, 1536), (1536, 576)):
+        frozen = torch.nn.Linear(fan_in, fan_out, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        layers = {r: peftkern.AdaLoRALinear.from_linear(frozen, r=r, lora_dropout=0.05) for r in ranks}
+        for layer in layers.values():
+            layer.warns_without_allocator = False
+            torch.nn.init.normal_(layer.lora_E)
+        x = torch.randn(1024, fan_in, dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(1024, fan_out, dtype=torch.bfloat16)
+
+        def step(layer, x=x, grad=grad):
+            x.grad = None
+            for p in layer.parameters():
+                p.grad = None
+            layer(x).backward(grad)
+
+        providers = {r: lambda layer=layer: step(layer) for r, layer in (("frozen", frozen), *layers.items())}
+        t = {name: 1e3 * seconds for name, seconds in medians(providers, 6.0, (15, 55)).items()}
+        above = " | ".join(f"+{t[r] - t['frozen']:.2f}" for r in ranks)
+        print(f"| {fan_in} x {fan_out} | {t['frozen']:.2f} | {above} |")
+        assert t[64] > t[4]
 
 
 def test_step_against_lora(compare, base, batches):
