@@ -35,6 +35,7 @@ struct Nf4Forward {
   void* y;                 // [rows, out], x_dtype
   int64_t splits;          // of the sum over in, each by thread blocks of its own; at least 1
   float* workspace;        // [nf4_forward_workspace(args)], null if splits is 1
+  bool overlap = false;    // the launch before this one writes neither x nor the weight: start while it runs (sm_90)
 };
 
 // dx = q W + mask * (dh F)

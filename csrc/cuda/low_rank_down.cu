@@ -14,6 +14,7 @@
 // The products are [ranks, rows]: so a tile of 8 rows is enough for a small batch. With few rows, blocks share the
 // columns and a second kernel adds their parts.
 #include "../nf4.h"
+#include "grid_dependency.cuh"
 #include "kernels.h"
 #include "parts.cuh"
 #include "tf32.cuh"
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankD
   constexpr int kGroups = SplitFactor<kTiles>::kGroups, kStageColumns = kGroups * kGroupColumns;
   static_assert(kPartColumns % kStageColumns == 0);
   __shared__ SplitFactor<kTiles> shared;
+  let_next_launch_start();
 
   const int64_t rank_tiles = (args.rank + kTiles * kTileRanks - 1) / (kTiles * kTileRanks);
   const int64_t first_rank = blockIdx.x % rank_tiles * (kTiles * kTileRanks);
@@ -192,6 +194,7 @@ __global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankD
 }
 
 __global__ void __launch_bounds__(kPartThreads) low_rank_down_sum_kernel(LowRankDown args, int64_t parts) {
+  let_next_launch_start();
   sum_parts(args.workspace, parts, args.rows * args.rank, args.alpha * args.dropout.scale, args.out, DType::f32);
 }
 

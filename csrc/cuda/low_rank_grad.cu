@@ -25,11 +25,12 @@ constexpr int kTileRanks = 16;
 constexpr int64_t kSlabRows = 256;  // fewest: below, the parts of the sum would be more bytes than x is worth
 static_assert(kGradSteps == kGradWarps, "a warp loads the u of one step");
 
-// A warp's part of a tile of 16 ranks x 64 columns, padded so that the lanes of a store touch all banks once: they are
-// at ranks g, columns 16 t.
-constexpr int kPartFloats = kTileRanks * (kWarpColumns + 4);
+// A warp's part of a tile of 16 ranks x 64 columns. The lanes of a store, at ranks g and columns 16 t, touch all banks
+// once, as do those of the reads, at neighbouring columns or ranks.
+constexpr int kPartFloats = kTileRanks * (kWarpColumns + 2);
 __device__ __forceinline__ int part_index(bool rank_major, int rank, int column) {
-  return rank_major ? rank * (kWarpColumns + 4) + column + column / 16 : column * kTileRanks + column / 16 * 8 + rank;
+  return rank_major ? rank * (kWarpColumns + 2) + (column ^ (column >> 5 & 1))
+                    : column * kTileRanks + column / 16 * 8 + rank;
 }
 
 template <class T, int kTiles>

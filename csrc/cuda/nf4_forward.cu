@@ -20,13 +20,15 @@
 // multiply-adds of the part before: table reads and multiplications that would otherwise stop the tensor cores. A part
 // is half a step, and for few rows, with 4 multiply-adds in a quarter of a step, that quarter: so they lie apart.
 //
-// The low-rank part comes before the loop, while the first stages arrive. u and F enter the bf16 tensor cores as the
-// sums high + low of two bf16 values, of which the product low * low is left out: relative error of a term below
-// 3 * 2^-18.
+// The low-rank part comes before the loop, while the first stages arrive. In the tiles for a few rows it comes after
+// it, and only there they wait for the launch before, which makes u: on sm_90 the two run at the same time. u and F
+// enter the bf16 tensor cores as the sums high + low of two bf16 values, of which the product low * low is left out:
+// relative error of a term below 3 * 2^-18.
 //
 // Few tiles and a long `in`: `splits` blocks share the sum of a tile. Each writes its part of it, a second kernel adds
 // them in order. The other way, the last block to arrive adds them, needs a counter that something has set to zero
 // before: that is a launch as well, and fences and atomics.
+#include "grid_dependency.cuh"
 #include "kernels.h"
 #include "nf4_table.cuh"
 
@@ -236,6 +238,18 @@ __device__ __forceinline__ void add_low_rank(const Nf4Forward& args, const Forwa
   }
 }
 
+// F of a tile on its way to L2, for a low-rank part that comes later.
+template <int kRows>
+__device__ __forceinline__ void prefetch_factor(const Nf4Forward& args, const ForwardTile<kRows>& tile) {
+  constexpr int64_t kLine = 128;
+  const int64_t row_bytes = args.rank * (args.factor.dtype == DType::f32 ? 4 : 2);
+  const int64_t bytes = min(static_cast<int64_t>(kForwardColumns), args.weight.out - tile.column()) * row_bytes;
+  const char* from = static_cast<const char*>(args.factor.data) + tile.column() * row_bytes;
+  for (int64_t i = threadIdx.x * kLine; i < bytes; i += kForwardThreads * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + i)));
+  }
+}
+
 // What is left to do with the sums: z, out_scale, bias, y.
 template <class T, int kRows>
 __device__ __forceinline__ void store_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile,
@@ -267,12 +281,26 @@ __device__ __forceinline__ void store_tile(const Nf4Forward& args, const Forward
   }
 }
 
-// The parts of a tile, as they lie in registers: [split][tile][i and j][thread] of 4 floats.
-template <int kRows>
-__device__ __forceinline__ float4* part_of_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile, int64_t split) {
-  return reinterpret_cast<float4*>(args.workspace) + (split * tile.tiles + tile.index) * (kRows / 4) * kForwardThreads +
-         thread_anew();
+// The members that have rows, each two of every 8: with up to 8 rows in all the last ones may have none.
+__host__ __device__ constexpr int64_t part_members(int64_t tile_rows, int64_t rows) {
+  return tile_rows == 8 ? (rows + 1) / 2 : 4;
 }
+
+// A tile's parts of the sums, as they lie in registers: [split][tile][i and j][member][warp][group] of 4 floats.
+template <int kRows>
+struct PartOfTile {
+  float4* first;
+  int stride;  // to the next j, or i
+  bool stored;
+
+  __device__ __forceinline__ PartOfTile(const Nf4Forward& args, const ForwardTile<kRows>& tile, int64_t split) {
+    const uint32_t thread = thread_anew(), member = thread % 4;
+    const int members = static_cast<int>(part_members(kRows, args.rows));
+    stride = members * (kForwardThreads / 4), stored = member < members;
+    first = reinterpret_cast<float4*>(args.workspace) + (split * tile.tiles + tile.index) * (kRows / 4) * stride +
+            member * (kForwardThreads / 4) + thread / 4;
+  }
+};
 
 template <class T, int kRows>
 __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks)
@@ -303,7 +331,13 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   fill_byte_table(shared, threadIdx.x, kForwardThreads);
 
   ForwardSums<kRows> sum = {};
-  if (tile.split == 0) add_low_rank<kRows>(args, tile, warp_column, sum);
+  constexpr bool kLowRankLast = kRows <= 16;
+  if constexpr (kLowRankLast) {
+    if (tile.split == 0) prefetch_factor<kRows>(args, tile);
+  } else {
+    wait_for_launch_before();
+    if (tile.split == 0) add_low_rank<kRows>(args, tile, warp_column, sum);
+  }
 
   // The packed weights and absmax of 4 rows for a step, and the weights of two parts of it.
   uint2 packed[4];
@@ -368,14 +402,19 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
   }
 
   const ForwardTile<kRows> same_tile(args);
+  if constexpr (kLowRankLast) {
+    wait_for_launch_before();
+    if (same_tile.split == 0) add_low_rank<kRows>(args, same_tile, warp_column, sum);
+  }
   if (args.splits == 1) {
     store_tile<T, kRows>(args, same_tile, sum);
   } else {
-    float4* part = part_of_tile<kRows>(args, same_tile, same_tile.split);
+    const PartOfTile<kRows> part(args, same_tile, same_tile.split);
+    if (!part.stored) return;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       const float (&v)[4] = sum[i / 2][i % 2];
-      part[i * kForwardThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      part.first[i * part.stride] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 }
@@ -386,11 +425,12 @@ __global__ void __launch_bounds__(kForwardThreads) nf4_forward_add_kernel(Nf4For
   const ForwardTile<kRows> tile(args);
   ForwardSums<kRows> sum = {};
   for (int64_t split = 0; split < args.splits; ++split) {
-    const float4* part = part_of_tile<kRows>(args, tile, split);
+    const PartOfTile<kRows> part(args, tile, split);
+    if (!part.stored) return;
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
       float (&v)[4] = sum[i / 2][i % 2];
-      const float4 more = part[i * kForwardThreads];
+      const float4 more = part.first[i * part.stride];
       v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
     }
   }
@@ -404,11 +444,14 @@ static cudaError_t launch_tiles(const Nf4Forward& args, int block_size_log2, cud
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(args.rows, kRows) * ceil_div(args.weight.out, kForwardColumns);
-  kernel<<<static_cast<unsigned>(tiles * args.splits), kForwardThreads, kBytes, stream>>>(args, block_size_log2);
-  if (args.splits > 1) {
+  const unsigned blocks = static_cast<unsigned>(tiles * args.splits);
+  const cudaError_t launched =
+      launch_kernel(kernel, blocks, kForwardThreads, kBytes, stream, args.overlap, args, block_size_log2);
+  if (launched == cudaSuccess && args.splits > 1) {
     nf4_forward_add_kernel<T, kRows><<<static_cast<unsigned>(tiles), kForwardThreads, 0, stream>>>(args);
   }
-  return cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();
+  return launched == cudaSuccess ? last : launched;
 }
 
 template <class T>
@@ -447,7 +490,7 @@ int64_t nf4_forward_workspace(const Nf4Forward& args) {
   if (args.splits <= 1) return 0;
   const int64_t tile_rows = forward_tile_rows(args.rows);
   return args.splits * ceil_div(args.rows, tile_rows) * tile_rows * ceil_div(args.weight.out, kForwardColumns) *
-         kForwardColumns;
+         part_members(tile_rows, args.rows) * (kForwardColumns / 4);
 }
 
 }  // namespace peftkern

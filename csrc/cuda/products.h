@@ -45,6 +45,8 @@ struct FusedWeight {
   OptionalTensor nested_absmax, offset;
   Nf4Matrix matrix;
 
+  bool copied;  // by a launch just before
+
   explicit FusedWeight(const Terms& t) : packed(dense(t.weight)), scales(dense(t.absmax->values)) {
     const bool nested = t.absmax->nested();
     if (nested) nested_absmax = dense(*t.absmax->nested_absmax), offset = dense(*t.absmax->offset);
@@ -56,6 +58,8 @@ struct FusedWeight {
               .out = t.out,
               .in = t.in,
               .block_size = t.block_size};
+    copied = !t.weight.is_contiguous() || !t.absmax->values.is_contiguous() ||
+             (nested && !(t.absmax->nested_absmax->is_contiguous() && t.absmax->offset->is_contiguous()));
   }
 };
 
@@ -78,7 +82,8 @@ inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p)
                   .z = p.z ? p.z->mutable_data_ptr() : nullptr,
                   .y = y.mutable_data_ptr(),
                   .splits = nf4_forward_splits(p.rows(), t.out, t.in, cuda_attribute(cudaDevAttrMultiProcessorCount)),
-                  .workspace = nullptr};
+                  .workspace = nullptr,
+                  .overlap = p.u && !weight.copied};  // what makes u comes after what made x
   OptionalTensor workspace;
   if (args.splits > 1) {
     workspace = empty(p.x, {nf4_forward_workspace(args)}, ScalarType::Float);

@@ -27,6 +27,25 @@ struct Tile {
   }
 };
 
+// The same without padding: quads trade places, so that no bank is asked twice by 8 lanes with neighbouring chunks of a
+// row, by lanes with 32 columns of a row, or with 16 columns of rows r and r + 8.
+template <int kRows, int kColumns>
+struct SwizzledTile {
+  alignas(16) float data[kRows][kColumns];
+
+  __device__ static int place(int row, int quad) { return (quad ^ (quad >> 3 & 1) ^ (row >> 3 & 1) << 2) * 4; }
+  __device__ float& at(int row, int column) { return data[row][place(row, column / 4) + column % 4]; }
+  __device__ void get_chunk(int row, int index, float (&v)[kChunk]) const {
+    const float4 low = *reinterpret_cast<const float4*>(&data[row][place(row, 2 * index)]);
+    const float4 high = *reinterpret_cast<const float4*>(&data[row][place(row, 2 * index + 1)]);
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  }
+  __device__ void set_chunk(int row, int index, const float (&v)[kChunk]) {
+    *reinterpret_cast<float4*>(&data[row][place(row, 2 * index)]) = make_float4(v[0], v[1], v[2], v[3]);
+    *reinterpret_cast<float4*>(&data[row][place(row, 2 * index + 1)]) = make_float4(v[4], v[5], v[6], v[7]);
+  }
+};
+
 // A thread's share, one chunk, of a tile of F on its way to shared memory. The tile is rank-major whatever the layout
 // of F: tile[r][c] = F[first_rank + r, first_column + c], zero outside of F. Surplus threads have no share.
 template <int kRanks, int kColumns>
@@ -34,13 +53,8 @@ struct FactorChunk {
   static constexpr int kThreads = kRanks * kColumns / kChunk;
   float v[kChunk];
 
-  // The dtype is a run-time argument: F is small, and a template argument would triple the number of kernels.
-  __device__ __forceinline__ void load(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
-                                       int64_t first_column) {
-    load(factor, rank, columns, first_rank, first_column, rank);
-  }
-
-  // Of F's `rank` ranks only the first `used` count; the others become 0 and are never touched.
+  // Of F's `rank` ranks only the first `used` count; the others become 0 and are never touched. The dtype is a run-time
+  // argument: F is small, and a template argument would triple the number of kernels.
   __device__ __forceinline__ void load(const Factor& factor, int64_t rank, int64_t columns, int64_t first_rank,
                                        int64_t first_column, int64_t used) {
     if (threadIdx.x >= kThreads) return;
@@ -57,6 +71,7 @@ struct FactorChunk {
     }
   }
 
+  template <template <int, int> class Tile>
   __device__ __forceinline__ void store(bool rank_major, Tile<kRanks, kColumns>& tile) const {
     if (threadIdx.x >= kThreads) return;
     if (rank_major) {

@@ -16,8 +16,9 @@
 namespace {
 
 // Returns a cudaError_t: the simulator refuses blocks above the launch bounds and passes its own failures on.
+// overlaps: programmatic stream serialization, so the launch may start before the one before it has ended.
 using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared_memory,
-                               void* stream, void** arguments);
+                               void* stream, void** arguments, int overlaps);
 
 struct Kernel {
   std::string name;                    // mangled, as in the PTX
@@ -36,6 +37,7 @@ using Clock = std::chrono::steady_clock;
 
 LaunchCallback callback = nullptr;
 bool capturing = false;
+int ptx_version = 80;                               // of the simulated code: 10 * major + minor
 thread_local cudaError_t last_error = cudaSuccess;  // the first one not yet asked for
 
 // As in the real runtime, each thread has its own error and its own launches.
@@ -60,6 +62,17 @@ bool valid(dim3 grid, dim3 block) {
   const bool block_fits = block.x >= 1 && block.y >= 1 && block.z >= 1 && block.z <= 64 &&
                           static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
   return grid_fits && block_fits;
+}
+
+cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory, void* stream,
+                   bool overlaps) {
+  const auto kernel = kernels().find(stub);
+  if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
+  if (!valid(grid, block)) return record(cudaErrorInvalidConfiguration);
+  if (shared_memory > static_cast<size_t>(kernel->second.max_dynamic_shared)) return record(cudaErrorInvalidValue);
+  const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
+  return record(static_cast<cudaError_t>(
+      callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory, stream, arguments, overlaps)));
 }
 
 }  // namespace
@@ -104,13 +117,18 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
 }
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
                              cudaStream_t stream) {
-  const auto kernel = kernels().find(stub);
-  if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
-  if (!valid(grid, block)) return record(cudaErrorInvalidConfiguration);
-  if (shared_memory > static_cast<size_t>(kernel->second.max_dynamic_shared)) return record(cudaErrorInvalidValue);
-  const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
-  return record(static_cast<cudaError_t>(
-      callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory, stream, arguments)));
+  return launch(stub, grid, block, arguments, shared_memory, stream, false);
+}
+// Of the attributes of a launch only that one is known, and code that cannot wait is refused it.
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+  bool overlaps = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return record(cudaErrorInvalidValue);
+    overlaps = attribute.val.programmaticStreamSerializationAllowed;
+  }
+  if (overlaps && ptx_version < 90) return record(cudaErrorInvalidValue);
+  return launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream, overlaps);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
                                cudaStream_t stream) {
@@ -118,6 +136,13 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 // ---- the rest
+void cudart_set_ptx_version(int version) { ptx_version = version; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
+  if (!kernels().contains(stub)) return record(cudaErrorInvalidDeviceFunction);
+  *attributes = {};
+  attributes->ptxVersion = attributes->binaryVersion = ptx_version;
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   const auto kernel = kernels().find(stub);
   if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);

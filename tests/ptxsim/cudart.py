@@ -95,7 +95,7 @@ def host_library_path() -> Path:
 
 LaunchCallback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
-    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int,
 )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def _dispatch(name, grid, block, shared_memory, stream, arguments) -> int:
+def _dispatch(name, grid, block, shared_memory, stream, arguments, overlaps) -> int:
     return _current.devices[-1]._launch(
-        name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_memory, stream, arguments
+        name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_memory, stream, arguments, bool(overlaps)
     )
 
 
@@ -147,6 +147,7 @@ class Device:
         self.buffers: list = []
         self.results: list = []
         self.launched: list[tuple[str, tuple, tuple, int]] = []
+        self.overlapping: list[str] = []  # those of the launched that may overlap with the launch before
         self.host_memory = HostMemory() if host_memory else None
         self.failure: Exception | None = None
 
@@ -163,6 +164,7 @@ class Device:
         """Launches go to this device; at the end its failures are raised and all its reports are checked."""
         library = host_library()
         library.cudart_clear_error()
+        library.cudart_set_ptx_version(int(self.arch.removeprefix("sm_")))
         _current.devices.append(self)
         try:
             yield self
@@ -187,17 +189,20 @@ class Device:
             assert error == 0 or self.failure, f"launch_{op} returned CUDA error {error}"
         return self.results
 
-    def _launch(self, name: str, grid: tuple, block: tuple, shared_memory: int, stream: int | None, arguments) -> int:
+    def _launch(
+        self, name: str, grid: tuple, block: tuple, shared_memory: int, stream: int | None, arguments, overlaps: bool
+    ) -> int:
         try:
             assert stream == STREAM, f"{name}: launched on another stream than the launcher was given"
             self.launched.append((name, grid, block, shared_memory))
-            self._simulate(name, grid, block, shared_memory, arguments)
+            self.overlapping += [name] if overlaps else []
+            self._simulate(name, grid, block, shared_memory, arguments, overlaps)
         except Exception as error:  # no exception may pass through the C++ of the launcher
             self.failure = self.failure or error
             return LAUNCH_FAILURE
         return 0
 
-    def _simulate(self, name: str, grid: tuple, block: tuple, shared_memory: int, arguments) -> None:
+    def _simulate(self, name: str, grid: tuple, block: tuple, shared_memory: int, arguments, overlaps: bool) -> None:
         kernel = self.kernel(name)
         raw = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(kernel.parameters)]
         buffers = self.host_memory.enter(kernel, raw[0]) if self.host_memory else self.buffers
@@ -210,6 +215,7 @@ class Device:
                 seed=self.seed,
                 schedule=self.schedule,
                 buffers=buffers,
+                overlaps=self.results[-1] if overlaps and self.results else None,
                 **self.options(name),
             )
         )
@@ -222,7 +228,7 @@ class Recorder(Device):
         super().__init__("sm_80")
         self.fails = fails
 
-    def _launch(self, name: str, grid: tuple, block: tuple, shared_memory: int, stream: int | None, arguments) -> int:
+    def _launch(self, name: str, grid: tuple, block: tuple, shared_memory: int, *_) -> int:
         self.launched.append((name, grid, block, shared_memory))
         return LAUNCH_FAILURE if self.fails == len(self.launched) - 1 else 0
 

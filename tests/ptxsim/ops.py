@@ -182,7 +182,7 @@ class Nf4Forward(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("u", c_void_p),
         ("rank", c_int64), ("factor", Factor), ("alpha", c_float), ("out_scale", c_void_p), ("bias", c_void_p),
-        ("z", c_void_p), ("y", c_void_p), ("splits", c_int64), ("workspace", c_void_p),
+        ("z", c_void_p), ("y", c_void_p), ("splits", c_int64), ("workspace", c_void_p), ("overlap", c_bool),
     ]  # fmt: skip
 
     def operands(self) -> Iterator[Operand]:
@@ -199,10 +199,11 @@ class Nf4Forward(ctypes.Structure):
         yield Operand("y", matrix, WRITE)
 
     def workspace_size(self) -> int:
-        """nf4_forward_workspace of csrc/nf4_product.h: whole tiles."""
+        """nf4_forward_workspace: whole tiles, and of one of 8 rows pairs of rows."""
         tile_rows = next((n for n in (8, 16, 32, 64) if self.rows <= n), 128)
         tiles = -(-self.rows // tile_rows) * -(-self.weight.out // 128)
-        return self.splits * tiles * tile_rows * 128 if self.splits > 1 else 0
+        members = -(-self.rows // 2) if tile_rows == 8 else 4
+        return self.splits * tiles * tile_rows * members * 32 if self.splits > 1 else 0
 
 
 class Nf4Gradient(ctypes.Structure):

@@ -26,8 +26,8 @@ OPERANDS = {
         "out ": "out[row * args.rank", "out  ": "workspace[part * n",
     },
     "low_rank_up": {
-        "u": "load_chunk(args.u", "factor": "factor.load(", "out_scale": "args.out_scale + column",
-        "bias": "args.bias + column", "y": "y_chunk[i].load(", "y ": "static_cast<T*>(args.y) + index",
+        "u": "load_quad(from +", "factor": "chunk.load(source", "out_scale and bias": "vector[vector_column] : 0",
+        "y": "y_chunk[i].load(", "y ": "static_cast<T*>(args.y) + index",
         "z": "static_cast<T*>(args.z) + index",
     },
     "low_rank_grad": {
@@ -49,7 +49,7 @@ OPERANDS = {
         "u": "load_quad(args.u", "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale",
         "bias": "load_quad(args.bias",
         "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
-        "workspace": "part[i * kForwardThreads]",
+        "workspace": "part.first[i * part.stride]",
     },
     "quantize_absmax": {
         "absmax, for the mean": "args.absmax[i]", "absmax": "load_chunk(args.absmax", "codes": "args.codes[index",
@@ -62,7 +62,7 @@ FIELDS = {
     "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"), "codes": ("codes", "weight.codes"),
     "nested_absmax": ("nested_absmax", "weight.nested_absmax"), "offset": ("offset", "weight.offset"),
     "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
-    "all four": ("codes", "nested_absmax", "offset", "absmax"),
+    "out_scale and bias": ("out_scale", "bias"), "all four": ("codes", "nested_absmax", "offset", "absmax"),
 }  # fmt: skip
 
 
@@ -110,6 +110,7 @@ def _rows() -> list[Row]:
         Row(case("dequantize_nf4", n=2**19, block_size=64, out=F32), "524,288 f32, blocks of 64"),
         Row(case("nf4_forward", **gemm, rows=8, rank=16), "8 x 1024 bf16 to 512, rank 16"),
         Row(case("nf4_forward", **gemm, rows=8, splits=4), "8 x 1024 bf16 to 512, 4 splits"),
+        Row(case("nf4_forward", **gemm, rows=1, splits=4), "1 x 1024 bf16 to 512, 4 splits"),
         Row(case("nf4_forward", **gemm, rows=16, rank=16, nested=True), "16 x 1024 bf16 to 512, rank 16, nested"),
         Row(case("nf4_forward", **gemm, rows=64, rank=16, x=F16), "64 x 1024 f16 to 512, rank 16"),
         Row(case("nf4_forward", **gemm, rows=128, rank=16), "128 x 1024 bf16 to 512, rank 16"),
