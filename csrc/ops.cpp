@@ -10,6 +10,7 @@
 #include "choice.h"
 #include "cpu/dispatch.h"
 #include "cpu/large_buffers.h"
+#include "held_tensors.h"
 
 #ifndef PEFTKERN_CUDA_ARCHS
 #define PEFTKERN_CUDA_ARCHS ""  // set by setup.py when CUDA is compiled in
@@ -81,6 +82,10 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "Tensor? grad_scale) -> Tensor scores");
   m.def("rank_mask(Tensor scores, int budget, bool exact) -> Tensor keep");
   m.def("mask_ranks_(Tensor(a!)[] E, Tensor keep) -> ()");
+  m.def("mask_ranks_table_(Tensor table, Tensor keep) -> ()");
+  m.def("hold_tensors(Tensor[] tensors) -> int");
+  m.def("held_have_moved(int held, Tensor addresses) -> bool");
+  m.def("release_tensors(int held) -> ()");
   m.def("orthogonality(Tensor[] A, Tensor[] B, bool squared) -> (Tensor value, Tensor deviations, Tensor norms)");
   m.def(
       "orthogonality_backward(Tensor grad, Tensor[] A, Tensor[] B, Tensor deviations, Tensor norms, bool squared) "
@@ -102,6 +107,9 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftkern, CompositeExplicitAutograd, m) {
+  m.impl("hold_tensors", TORCH_BOX(&peftkern::hold_tensors));
+  m.impl("held_have_moved", TORCH_BOX(&peftkern::held_have_moved));
+  m.impl("release_tensors", TORCH_BOX(&peftkern::release_tensors));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));

@@ -210,10 +210,20 @@ Tensor rank_mask(const Tensor& scores, int64_t budget, bool exact) {
   return keep;
 }
 
+template <class Backend>
+void mask_ranks(const std::vector<TripletLayer>& layers, int64_t triplets, const Tensor& keep) {
+  check_dtype(keep, ScalarType::Bool, "keep");
+  check_shape(keep, {triplets}, "keep");
+  const Tensor source = dense(keep);
+  const MaskRanks args{.layers = layers.data(),
+                       .layer_count = static_cast<int64_t>(layers.size()),
+                       .keep = static_cast<const uint8_t*>(source.const_data_ptr())};
+  if (triplets) Backend(keep).mask_ranks(args);
+}
+
 // E: of every layer, contiguous, in the order of keep [triplets]; zeroed where keep is false.
 template <class Backend>
-void mask_ranks(const Tensors& E, const Tensor& keep) {
-  check_dtype(keep, ScalarType::Bool, "keep");
+void mask_ranks_list(const Tensors& E, const Tensor& keep) {
   std::vector<TripletLayer> layers;
   int64_t triplets = 0;
   for (size_t i = 0; i < E.size(); ++i) {
@@ -228,12 +238,13 @@ void mask_ranks(const Tensors& E, const Tensor& keep) {
     layers.push_back(layer);
     triplets += layer.rank;
   }
-  check_shape(keep, {triplets}, "keep");
-  const Tensor source = dense(keep);
-  const MaskRanks args{.layers = layers.data(),
-                       .layer_count = static_cast<int64_t>(layers.size()),
-                       .keep = static_cast<const uint8_t*>(source.const_data_ptr())};
-  if (triplets) Backend(keep).mask_ranks(args);
+  mask_ranks<Backend>(layers, triplets, keep);
+}
+
+template <class Backend>
+void mask_ranks_table(const Tensor& table, const Tensor& keep) {
+  const TripletLayers t(table);
+  mask_ranks<Backend>(t.layers, t.triplets, keep);
 }
 
 // The factors of every layer, A's first, and whatever copies that needs.

@@ -87,8 +87,9 @@ class RankAllocator:
             _check_holds(self.optimizer, self.layers)
             self._handle = self.optimizer.register_step_post_hook(self._after_step)
         self._collect()
+        self._waits = self.optimizer is None  # to be called: layers warn if an optimizer steps and it is not
         for layer in self.layers.values():
-            layer.warns_without_allocator = False
+            layer.warns_without_allocator, layer.version_to_allocate = self._waits, layer.lora_E._version
 
     # ---- the schedule
 
@@ -116,6 +117,9 @@ class RankAllocator:
                 "update_and_allocate: the optimizer given to this RankAllocator calls it after every step; "
                 "leave the call out, or create the allocator without optimizer"
             )
+        for layer in self.layers.values() if self._waits else ():
+            layer.warns_without_allocator = False
+        self._waits = False
         self._advance(self.step + 1 if step is None else step, None)
 
     def remove(self) -> None:
@@ -138,14 +142,16 @@ class RankAllocator:
         self.step = step
         self.budget, allocate = self.schedule(step)
         final = self.config.total_step - self.config.tfinal
+        table = None  # of addresses, read once for the update and the masks
         if step < final or (allocate and self.scores is None):
-            self._update(grad_scale)
+            table = self._table() if self._shards is None else None
+            self._update(grad_scale, table)
         if allocate:
-            self._allocate(last=step == final)
+            self._allocate(step == final, table)
         elif step > final and self.keep is not None and self.prune == "never":
             self._mask(self.keep)
 
-    def _update(self, grad_scale: Tensor | None) -> None:
+    def _update(self, grad_scale: Tensor | None, table: Tensor | None) -> None:
         if self.sensitivity is None or self.uncertainty is None:
             dtype = torch.promote_types(torch.float32, self._E[0].dtype)
             self.sensitivity = torch.zeros(self._state_size, dtype=dtype, device=self._E[0].device)
@@ -155,26 +161,26 @@ class RankAllocator:
             self.scores = self._shards.update(self.sensitivity, self.uncertainty, *betas, grad_scale)
             return
         self.scores = update_importance(
-            self._A, self._E, self._B, self.sensitivity, self.uncertainty, *betas, grad_scale, self._table
+            self._A, self._E, self._B, self.sensitivity, self.uncertainty, *betas, grad_scale, table
         )
 
-    def _allocate(self, last: bool) -> None:
+    def _allocate(self, last: bool, table: Tensor | None) -> None:
         assert self.scores is not None
         keep = rank_mask(self._agreed(self.scores), self.budget, self.exact)
         if last:  # nothing is scored any more
             self.sensitivity = self.uncertainty = self.scores = None
         self.keep = keep
-        self._mask(keep)
+        self._mask(keep, table)
         if self.prune == "always" or (self.prune == "final" and last):
             pieces = keep.split([layer.r for layer in self.layers.values()])
             _remove_triplets(dict(zip(self.layers.values(), pieces, strict=True)), self.optimizer)
             self._follow_ranks()
 
-    def _mask(self, keep: Tensor) -> None:
+    def _mask(self, keep: Tensor, table: Tensor | None = None) -> None:
         if self._shards is not None:
             self._shards.mask(keep)
         else:
-            mask_ranks(self._E, keep)
+            mask_ranks(self._E, keep, table)
 
     def _agreed(self, scores: Tensor) -> Tensor:
         """The first rank's scores. Replicas have the same gradients, but not the same sums on different processors."""

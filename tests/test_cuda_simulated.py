@@ -31,6 +31,7 @@ from ptxsim.ops_cases import (
 )
 from samples import NF4_SAMPLES, SAMPLES
 from test_rank_allocation import as_parameters, make_layers, new_state, replace_gradients
+from torch import nn
 
 import peftkern
 from peftkern import reference
@@ -402,7 +403,9 @@ def test_rank_allocation_on_simulated_kernels(dtype, tabled):
     for simulated in (False, True):
         device = Device("sm_80", host_memory=True)
         _, sensitivity, uncertainty = new_state(layers)
-        E = [e.detach().clone() for e in layers[1]]
+        E = [nn.Parameter(e.detach().clone()) for e in layers[1]]
+        for e in E:
+            e.grad = torch.zeros_like(e)
         for step in range(2):
             replace_gradients(layers, step)
             if not tabled:
@@ -410,12 +413,12 @@ def test_rank_allocation_on_simulated_kernels(dtype, tabled):
             grads = [t.grad for group in layers for t in group if t.grad is not None]
             tensors = [t for group in layers for t in group] + [*grads, sensitivity, uncertainty, scale]
             with package_on(device, tensors) if simulated else nullcontext():
-                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale, table)
+                scores = update_importance(*layers, sensitivity, uncertainty, 0.85, 0.7, scale, table and table())
         same_scores = results[0][2] if simulated else scores
         with package_on(device, [same_scores]) if simulated else nullcontext():
             masks = [rank_mask(same_scores, 70, exact) for exact in (False, True)]
-        with package_on(device, [*E, masks[0]]) if simulated else nullcontext():
-            mask_ranks(E, masks[0])
+        with package_on(device, [*E, masks[0]]) if simulated else nullcontext(), torch.no_grad():
+            mask_ranks(E, masks[0], TripletTable(layers[0], E, layers[2])() if tabled else None)
         results.append((sensitivity, uncertainty, scores, *masks, *E))
         assert bool(device.launched) == simulated
     (*expected_state, expected_scores), (*state, scores) = (r[:3] for r in results)

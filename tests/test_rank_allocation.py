@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaLoRA's ops against reference.py in fp64: importance, rank mask, orthogonality, for every instruction set."""
 
+import copy
+import gc
 import math
+import pickle
+import weakref
 from itertools import chain
 
 import pytest
@@ -181,7 +185,7 @@ def test_a_table_is_followed_or_left_out(device, dtype, change):
         scores = []
         for _ in range(2):
             _, *state = new_state(layers, device)
-            scores += [update_importance(*layers, *state, 0.85, 0.7, None, table) for _ in range(2)] + state
+            scores += [update_importance(*layers, *state, 0.85, 0.7, None, table and table()) for _ in range(2)] + state
             if tabled:
                 expected_none = bool(scores[4:]) and change in (no_gradient, gradient_of_columns)
                 assert (table() is None) == expected_none
@@ -192,12 +196,50 @@ def test_a_table_is_followed_or_left_out(device, dtype, change):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_copied_table_reads_its_own_tensors():
+    """By hand, by copy.deepcopy and by pickle; and the original is none the wiser."""
+    layers = as_parameters(make_layers())
+    table = TripletTable(*layers)
+    expected = [t.data_ptr() for t in (*chain(*layers), *(p.grad for p in chain(*layers)))]
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        for p, original in zip(other._parameters, chain(*layers), strict=True):
+            p.grad = original.grad.clone()
+        got = other()[:6].flatten().tolist()
+        assert got == [t.data_ptr() for t in (*other._parameters, *(p.grad for p in other._parameters))]
+        assert not (set(got) & set(expected)) - {0}  # where a layer has rank 0
+        del other
+    gc.collect()
+    assert table()[:6].flatten().tolist() == expected
+
+
+def test_a_table_lets_go_of_its_tensors():
+    layers = as_parameters(make_layers())
+    table, alive = TripletTable(*layers), weakref.ref(layers[0][0])
+    del layers
+    gc.collect()
+    assert alive() is not None
+    del table
+    gc.collect()
+    assert alive() is None
+
+
+def test_bad_arguments_of_held_tensors():
+    held = ops.hold_tensors([torch.zeros(2), torch.zeros(3)])
+    for bad in (torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)[::2], torch.zeros(2)):
+        with pytest.raises(RuntimeError, match="addresses: expected"):
+            ops.held_have_moved(held, bad)
+    assert ops.held_have_moved(held, torch.zeros(2, dtype=torch.int64))
+    ops.release_tensors(held)
+
+
 def test_a_table_has_to_fit_the_state():
     layers = as_parameters(make_layers())
     _, sensitivity, uncertainty = new_state(layers)
     table = TripletTable(*layers)
     with pytest.raises(RuntimeError, match=r"uncertainty: expected shape \[\d+\], got"):
-        update_importance(*layers, sensitivity, uncertainty[:-1], 0.85, 0.85, None, table)
+        update_importance(*layers, sensitivity, uncertainty[:-1], 0.85, 0.85, None, table())
+    with pytest.raises(RuntimeError, match=r"keep: expected shape \[\d+\], got \[3\]"):
+        mask_ranks(layers[1], torch.ones(3) > 0, table())
     for bad, message in (
         (table().int(), "table: expected dtype Long"),
         (table()[:9], r"table: expected shape \[10, layers\], got \[9, 8\]"),
@@ -205,6 +247,8 @@ def test_a_table_has_to_fit_the_state():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.update_importance_table_(bad, sensitivity, uncertainty, 0.85, 0.85, None)
+        with pytest.raises(RuntimeError, match=message):
+            mask_ranks(layers[1], torch.ones(3) > 0, bad)
 
 
 def test_padding_of_the_state_is_never_touched(isa):
@@ -305,14 +349,18 @@ def test_rank_mask_is_that_of_kthvalue():
         assert torch.equal(rank_mask(scores, budget), ~(scores <= threshold))
 
 
+@pytest.mark.parametrize("tabled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mask_ranks(device, dtype):
-    _, E, _ = make_layers(dtype, device)
+def test_mask_ranks(device, dtype, tabled):
+    layers = as_parameters(make_layers(dtype, device))
+    E, table = layers[1], TripletTable(*layers)() if tabled else None
     keep = torch.rand(sum(e.numel() for e in E), generator=torch.Generator().manual_seed(1)).to(device) > 0.5
     expected = [torch.where(k[:, None], e, 0) for e, k in zip(E, keep.split([len(e) for e in E]), strict=True)]
+    versions = [e._version for e in E]
     with torch.no_grad():
-        mask_ranks(E, keep)
+        mask_ranks(E, keep, table)
     assert all(torch.equal(e, x) for e, x in zip(E, expected, strict=True))
+    assert all(e._version > v for e, v in zip(E, versions, strict=True))  # by which autograd and caches notice
 
 
 def test_a_mask_removes_nan():

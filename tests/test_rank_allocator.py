@@ -80,7 +80,7 @@ def float64(monkeypatch, threads):
             scores.append(reference.triplet_scores(*elements))
         return torch.cat(scores)
 
-    def mask(E, keep):
+    def mask(E, keep, table=None):
         for e, k in zip(E, keep.split([len(e) for e in E]), strict=True):
             e.masked_fill_(~k[:, None], 0.0)
 
@@ -289,6 +289,16 @@ def test_it_warns_without_an_allocator(recwarn):
             adapted()(torch.randn(2, 24))
 
 
+def test_it_warns_where_the_call_by_hand_is_forgotten():
+    for forgotten in (False, True):
+        model = adapted()
+        optimizer, allocator = adamw(model), RankAllocator(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, batches(3), (lambda: None) if forgotten else allocator.update_and_allocate)
+        assert any("trains without a RankAllocator" in str(w.message) for w in caught) == forgotten
+
+
 def test_gradient_accumulation_counts_optimizer_steps():
     model = adapted()
     optimizer = adamw(model)
@@ -301,9 +311,11 @@ def test_gradient_accumulation_counts_optimizer_steps():
     assert allocator.step == 4
 
 
+@pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradient_scaling(fused):
-    """Scaled by a power of two the training is the same, bit for bit; a step that the scaler skips does not count."""
+def test_gradient_scaling(fused, unscale):
+    """Scaled by a power of two the training is the same, bit for bit; a step that the scaler skips does not count.
+    unscale: before the step, as for clipping."""
     results = []
     for scale in (None, 1024.0):
         model = adapted()
@@ -321,6 +333,8 @@ def test_gradient_scaling(fused):
                 assert allocator.step == steps
                 optimizer.zero_grad()
                 scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

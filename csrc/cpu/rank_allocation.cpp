@@ -205,7 +205,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
   m.impl("update_importance_", TORCH_BOX(&update_importance_lists<CpuBackend>));
   m.impl("update_importance_table_", TORCH_BOX(&update_importance_table<CpuBackend>));
   m.impl("rank_mask", TORCH_BOX(&rank_mask<CpuBackend>));
-  m.impl("mask_ranks_", TORCH_BOX(&mask_ranks<CpuBackend>));
+  m.impl("mask_ranks_", TORCH_BOX(&mask_ranks_list<CpuBackend>));
+  m.impl("mask_ranks_table_", TORCH_BOX(&mask_ranks_table<CpuBackend>));
   m.impl("orthogonality", TORCH_BOX(&orthogonality<CpuBackend>));
   m.impl("orthogonality_backward", TORCH_BOX(&orthogonality_backward<CpuBackend>));
 }

@@ -83,6 +83,7 @@ class AdaLoRALinear(AdaptedLinear):
         self.lora_dropout = lora_dropout
         self.present = [True] * r  # which of the init_r triplets have not been removed
         self.warns_without_allocator = True
+        self.version_to_allocate: int | None = None  # of lora_E, where an allocator waits to be called by hand
         like = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_E = nn.Parameter(torch.empty(r, 1, **like))
@@ -119,7 +120,8 @@ class AdaLoRALinear(AdaptedLinear):
         return super().forward(x)
 
     def _warn_without_allocator(self) -> None:
-        if torch.is_grad_enabled() and self.lora_E.requires_grad and not self.merged:
+        waits = self.version_to_allocate == self.lora_E._version  # no optimizer has changed E yet
+        if torch.is_grad_enabled() and self.lora_E.requires_grad and not self.merged and not waits:
             self.warns_without_allocator = False
             warnings.warn(WITHOUT_ALLOCATOR, UserWarning, stacklevel=1)
 

@@ -7,6 +7,7 @@ is row j of A, E[j] and column j of B. Triplets are numbered through all layers.
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ _update_importance = ops.update_importance_.default
 _update_importance_table = ops.update_importance_table_.default
 _rank_mask = ops.rank_mask.default
 _mask_ranks = ops.mask_ranks_.default
+_mask_ranks_table = ops.mask_ranks_table_.default
+_held_have_moved = ops.held_have_moved.default
 _orthogonality = ops.orthogonality.default
 _orthogonality_backward = ops.orthogonality_backward.default
 
@@ -44,16 +47,21 @@ def state_layout(shapes: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[sli
 
 
 class TripletTable:
-    """The addresses of A, E and B of all layers and of their gradients, for update_importance to keep between steps.
+    """The addresses of A, E and B of all layers and of their gradients, kept between steps.
 
     To hand 1,260 tensors to an op takes as long as the update of 3.7 M elements itself. This reads their addresses
-    instead, 0.2 us a tensor, and asks of each what can have changed since. What is unusual goes the other way.
+    instead, and asks of each what can have changed since. What is unusual goes the other way.
     """
 
     def __init__(self, A: Sequence[Tensor], E: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         self._layers = list(zip(A, E, B, strict=True))
         self._parameters = [*A, *E, *B]
+        self._held: int | None = None
         self._describe()
+
+    def __reduce__(self):
+        """A copy, and what is unpickled, holds tensors of its own."""
+        return TripletTable, tuple(zip(*self._layers, strict=True))
 
     def _describe(self) -> None:
         """Checks what the op believes, and takes down what __call__ compares."""
@@ -66,29 +74,35 @@ class TripletTable:
             for a, e, b in self._layers
         )  # fmt: skip
         if self._fits:
-            self._addresses, self._bytes = [p.data_ptr() for p in parameters], [p.nbytes for p in parameters]
-            self._types, self._dtypes = [Tensor] * len(parameters), [p.dtype for p in parameters]
+            n = len(parameters)
+            if self._held is None:
+                self._held = ops.hold_tensors(parameters)
+                weakref.finalize(self, ops.release_tensors, self._held)
+            self._numels, self._types = [p.numel() for p in parameters], [Tensor] * n
+            self._dtypes = [p.dtype for p in parameters]
             rows = [(_DTYPES[a.dtype], a.shape[1], b.shape[0], a.shape[0]) for a, _, b in self._layers]
-            self._fixed = [value for row in zip(*rows, strict=True) for value in row]
+            fixed = [value for row in zip(*rows, strict=True) for value in row]
+            self._values = array("q", [p.data_ptr() for p in parameters] + [0] * n + fixed)
+            self._table = torch.frombuffer(self._values, dtype=torch.int64).view(10, -1)
 
     def __call__(self) -> Tensor | None:
-        """int64 [10, layers], as csrc/rank_allocation_ops.h has it. None if some tensor is not plain: a subclass, or a
-        gradient that is missing, not contiguous or of another dtype."""
-        parameters = self._parameters
-        if self._fits and list(map(Tensor.data_ptr, parameters)) != self._addresses:
+        """int64 [10, layers], as csrc/rank_allocation_ops.h has it, good until a tensor changes. None if some tensor is
+        not plain: a subclass, or a gradient that is missing, not contiguous or of another dtype."""
+        if self._fits and _held_have_moved(self._held, self._table):
             self._describe()
-        grads = [p.grad for p in parameters]
+        grads = [p.grad for p in self._parameters]
         fits = (
             self._fits
             and list(map(type, grads)) == self._types
-            and [g.nbytes for g in grads] == self._bytes
+            and list(map(Tensor.numel, grads)) == self._numels
             and [g.dtype for g in grads] == self._dtypes
             and all(map(Tensor.is_contiguous, grads))
         )
         if not fits:
             return None
-        values = array("q", self._addresses + list(map(Tensor.data_ptr, grads)) + self._fixed)
-        return torch.frombuffer(values, dtype=torch.int64).view(10, -1)
+        n = len(grads)
+        self._values[n : 2 * n] = array("q", list(map(Tensor.data_ptr, grads)))
+        return self._table
 
 
 def update_importance(
@@ -100,19 +114,18 @@ def update_importance(
     beta1: float,
     beta2: float,
     grad_scale: Tensor | None = None,
-    table: TripletTable | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Takes the gradients (``.grad``) of all layers into the averages and returns the score of every triplet.
 
     A, E, B: of every layer, float32, bfloat16 or float16. sensitivity, uncertainty: float32, flat, laid out by
     ``state_layout``; updated in place. grad_scale: float32, one element, that the gradients are to be divided by. A
-    parameter without a gradient counts as one with zero. table: of the same A, E and B, made once for many calls, which
-    then cost less. Returns float32 [triplets].
+    parameter without a gradient counts as one with zero. table: what a TripletTable of A, E and B gives now, which
+    costs less than the tensors. Returns float32 [triplets].
     Raises RuntimeError naming the argument for shapes, dtypes and devices that do not fit.
     """
-    addresses = None if table is None else table()
-    if addresses is not None:
-        return _update_importance_table(addresses, sensitivity, uncertainty, beta1, beta2, grad_scale)
+    if table is not None:
+        return _update_importance_table(table, sensitivity, uncertainty, beta1, beta2, grad_scale)
     grads = [[t.grad for t in tensors] for tensors in (A, E, B)]
     return _update_importance(A, E, B, *grads, sensitivity, uncertainty, beta1, beta2, grad_scale)
 
@@ -131,9 +144,16 @@ def rank_mask(scores: Tensor, budget: int, exact: bool = False) -> Tensor:
     return _rank_mask(scores, budget, exact)
 
 
-def mask_ranks(E: Sequence[Tensor], keep: Tensor) -> None:
-    """Zeroes, in place, the elements of E, [r, 1] of every layer, for which keep, bool [triplets], is False."""
-    _mask_ranks(E, keep)
+def mask_ranks(E: Sequence[Tensor], keep: Tensor, table: Tensor | None = None) -> None:
+    """Zeroes, in place, the elements of E, [r, 1] of every layer, for which keep, bool [triplets], is False.
+
+    table: as in update_importance.
+    """
+    if table is None:
+        _mask_ranks(E, keep)
+    else:
+        _mask_ranks_table(table, keep)
+    torch.autograd.graph.increment_version(E)  # no op of an extension does; autograd and TensorCache go by it
 
 
 class _Orthogonality(torch.autograd.Function):
@@ -186,6 +206,11 @@ def _(scores, budget, exact):
 
 @torch.library.register_fake("peftkern::mask_ranks_")
 def _(E, keep):
+    return None
+
+
+@torch.library.register_fake("peftkern::mask_ranks_table_")
+def _(table, keep):
     return None
 
 
