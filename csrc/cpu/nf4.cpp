@@ -57,10 +57,11 @@ void CpuBackend::dequantize_nf4(const DequantizeNf4& a) const {
 
 void CpuBackend::nf4_few_rows(const Nf4Product& a) const {
   const auto& k = kernels();
-  std::vector<float> packed_x(static_cast<size_t>(ceil_div(a.rows, cpu::kRowUnit) * cpu::kRowUnit * a.in));
-  k.pack_few_rows(a, packed_x.data());
+  const cpu::Buffer buffer(static_cast<size_t>(ceil_div(a.rows, cpu::kRowUnit) * cpu::kRowUnit * a.in) * sizeof(float));
+  float* const packed_x = static_cast<float*>(buffer.data());
+  k.pack_few_rows(a, packed_x);
   parallel_for(0, a.out, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(a.in, 1)),
-               [&](int64_t begin, int64_t end) { k.nf4_few_rows(a, packed_x.data(), begin, end); });
+               [&](int64_t begin, int64_t end) { k.nf4_few_rows(a, packed_x, begin, end); });
 }
 
 void CpuBackend::nf4_tiles(const Nf4Product& a, bool gradient) const {

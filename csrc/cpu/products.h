@@ -60,8 +60,10 @@ inline bool tiles_pay(const Tensor& x) {
 // against 3.0 ms for 8 rows of 4096 x 4096, 3.4 against 2.7 for 12 (Xeon).
 inline constexpr int64_t kMostFewRows = 32;
 inline int64_t few_rows(const ForwardProduct& p) {
+  constexpr int64_t kWithoutRuns = 8;
   const auto& tiles = cpu::kernels().nf4_forward;
-  return tiles_accept(p, p.x, tiles) && tiles_pay(p.x) ? tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows - 1 : 8;
+  if (!tiles_accept(p, p.x, tiles) || !tiles_pay(p.x) || p.terms.block_size < 64) return kWithoutRuns;
+  return tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows - 1;
 }
 
 inline Tensor onednn_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {

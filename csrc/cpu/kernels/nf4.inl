@@ -84,6 +84,8 @@ void pack_few_rows_as(const Nf4Product& a, float* packed_x) {
         target[run + kWidth + i] = to_float(x[run + 2 * i + 1]);
       }
   }
+  const int64_t end = ceil_div(a.rows, kRowUnit) * kRowUnit;
+  std::memset(packed_x + a.rows * a.in, 0, static_cast<size_t>((end - a.rows) * a.in) * sizeof(float));
 }
 
 void pack_few_rows(const Nf4Product& a, float* packed_x) {

@@ -15,13 +15,13 @@ constexpr int64_t kFewRows = 64;        // up to so many, whole rows of W are re
 constexpr int64_t kRowsAhead = 16;      // of W, asked for while one is dequantized for the gradient
 constexpr int64_t kPanelsAtATime = 64;  // of rows, for which sums are kept
 
-constexpr int64_t kTilesFromRows = 9;
-
 // The products of activations of type T with fp32 units.
 template <class T>
 struct FmaDot {
   using Element = T;
   using Table = CodeValues<T>;
+  static constexpr int64_t kFromRows = 9;  // of which tiles beat nf4_few_rows
+  static constexpr bool kRuns = false;     // pack_runs and dequantize_runs (nf4_tiles_bf16.inl)
   static constexpr int kPerUnit = 1;
   static constexpr int kParts = 2;  // vectors of units that 2 * kWidth weights of a row make; lane i of part p: unit
                                     // i * kParts + p
@@ -71,6 +71,8 @@ struct Tiles {
   using T = typename Dot::Element;
   static constexpr int64_t kColumns = 2 * kWidth, kPerUnit = Dot::kPerUnit;
 
+  static constexpr bool takes_runs() { return Dot::kRuns && !kGradient; }
+
   static int64_t depth(const Nf4Product& a) { return kGradient ? a.out : a.in; }
   static int64_t columns(const Nf4Product& a) { return kGradient ? a.in : a.out; }
   static int64_t units(const Nf4Product& a) { return ceil_div(depth(a), kPerUnit); }
@@ -86,6 +88,12 @@ struct Tiles {
     for (int64_t row = panel0 * panel_rows(a); row < smaller(panel1 * panel_rows(a), a.rows); row += panel_rows(a)) {
       const int64_t rows = smaller(panel_rows(a), a.rows - row);
       float* target = static_cast<float*>(packed) + row * units(a);
+      if constexpr (takes_runs()) {
+        if (Dot::has_runs(a)) {
+          Dot::pack_runs(a, row, rows, target);
+          continue;
+        }
+      }
       for (int64_t unit = 0; unit < units(a); unit += kWidth) {
         const int64_t column = unit * kPerUnit, here = smaller(kWidth, units(a) - unit);
         F32 block[kWidth];
@@ -118,6 +126,13 @@ struct Tiles {
       float* target = w + n;
       const uint8_t* rows[kWidth];
       for (int i = 0; i < kWidth; ++i) rows[i] = packed(a, column0 + n + i, 0);
+      if constexpr (takes_runs()) {
+        if (Dot::has_runs(a)) {
+          const auto scale = [&](int i, int64_t k) { return absmax(a, column0 + n + i, k); };
+          Dot::dequantize_runs(rows, scale, kWidth * a.in / 2, begin, end, target, kColumns);
+          continue;
+        }
+      }
       for (int64_t k = begin, next; k < end; k = next) {
         next = smaller(end, run_end(a, k));
         typename Dot::Table tables[kWidth];
@@ -217,7 +232,7 @@ struct Tiles {
 };
 
 template <class Dot, bool kGradient>
-constexpr Nf4Tiles kTiles{kGradient ? 1 : kTilesFromRows,      Tiles<Dot, kGradient>::panels,
+constexpr Nf4Tiles kTiles{kGradient ? 1 : Dot::kFromRows,      Tiles<Dot, kGradient>::panels,
                           Tiles<Dot, kGradient>::packed_bytes, Tiles<Dot, kGradient>::scratch_bytes,
                           Tiles<Dot, kGradient>::pack,         Tiles<Dot, kGradient>::column_range};
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // nf4_tiles.inl for bf16 activations with vdpbf16ps: a unit is a pair of bf16, twice the products of an instruction.
+// The forward product takes whole runs where it can: units of the depth are then in the order of run_lookup.
 
 // NibbleTable<bf16_t> made by the machine's rounding: 3 instructions instead of 12. Subnormal values go the long way,
 // as vcvtneps2bf16 takes them for zero.
@@ -19,6 +20,8 @@ struct Bf16Table : NibbleTable<bf16_t> {
 struct Bf16Dot {
   using Element = bf16_t;
   using Table = Bf16Table;
+  static constexpr int64_t kFromRows = 33;
+  static constexpr bool kRuns = true;
   static constexpr int kPerUnit = 2;
   static constexpr int kParts = 1;
 
@@ -29,6 +32,49 @@ struct Bf16Dot {
   }
   static void lookup(const Table& table, const uint8_t* packed, F32 (&parts)[kParts]) {
     parts[0] = {_mm512_castsi512_ps(table.lookup(packed))};
+  }
+
+  static bool has_runs(const Nf4Product& a) { return a.block_size >= 64 && a.in % 64 == 0; }
+
+  // x[row0 : row0 + rows] as units
+  static void pack_runs(const Nf4Product& a, int64_t row0, int64_t rows, float* target) {
+    const bf16_t* x = static_cast<const bf16_t*>(a.x) + row0 * a.in;
+    for (int64_t k = 0; k < a.in; k += kRun) {
+      const int64_t n = smaller(kRun, a.in - k), units = n / 8;  // of each shift
+      F32 block[4][kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        __m512i parts[4] = {};
+        if (i < rows) pack_run(x + i * a.in + k, n, parts);
+        for (int p = 0; p < 4; ++p) block[p][i] = {_mm512_castsi512_ps(parts[p])};
+      }
+      for (int p = 0; p < 4; ++p) {
+        transpose(block[p]);
+        for (int64_t u = 0; u < units; ++u, target += rows) store_first(target, rows, block[p][u]);
+      }
+    }
+  }
+
+  // W[kWidth columns whose packed weights are given][begin : end] as units, stride apart. absmax(i, k): of column i
+  template <class Absmax>
+  static void dequantize_runs(const uint8_t* const (&columns)[kWidth], const Absmax& absmax, int64_t ahead,
+                              int64_t begin, int64_t end, float* target, int64_t stride) {
+    for (int64_t k = begin; k < end; k += kRun) {
+      const int64_t n = smaller(kRun, end - k), units = n / 8;
+      __m512i tables[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const float first = absmax(i, k), second = absmax(i, k + n - 64);
+        const bool normal = first >= kNormalAbsmax && second >= kNormalAbsmax;
+        tables[i] = normal ? run_table<true>(first, second) : run_table<false>(first, second);
+        __builtin_prefetch(columns[i] + ahead + k / 2);
+      }
+      for_each_shift([&](auto s) __attribute__((always_inline)) {
+        F32 block[kWidth];
+        for (int i = 0; i < kWidth; ++i)
+          block[i] = {_mm512_castsi512_ps(run_lookup(s, run_words(columns[i] + k / 2, n), tables[i]))};
+        transpose(block);
+        for (int64_t u = 0; u < units; ++u, target += stride) store(target, block[u]);
+      });
+    }
   }
 
   // A lane holds a column of both rows.

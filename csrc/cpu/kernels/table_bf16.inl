@@ -16,6 +16,7 @@ inline __m256i to_bf16(F32 a) {
 
 #include "low_rank_bf16.inl"
 #include "multi_lora_bf16.inl"
+#include "nf4_run_bf16.inl"
 #include "nf4_tiles.inl"
 #include "nf4_tiles_bf16.inl"
 
