@@ -302,6 +302,27 @@ def test_products_of_tiles(rows, fan_in, fan_out, x_dtype, isa, threads):
     assert_close(call.x.grad, leaves["x"].grad, x_dtype, "dx", slack=2.0)
 
 
+@pytest.mark.parametrize("x_dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("fan_in, fan_out", [(64, 3), (192, 51), (1088, 131)])
+def test_products_of_few_rows(fan_in, fan_out, x_dtype, isa, threads):
+    """The same bits for any number of threads, which is any split of the columns, and the reference's values: every
+    height of a panel, whole and half runs of 128 weights, one block with values that are subnormal in bfloat16."""
+    ops.set_product("forward", "nf4_few_rows")
+    q = peftkern.quantize_nf4(torch.randn(fan_out, fan_in), 64)
+    q.float_absmax()[fan_out // 2] = 1e-38
+    weight, bias = peftkern.dequantize_nf4(q, F32).double(), torch.randn(fan_out)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 19):
+        x = torch.randn(rows, fan_in).to(x_dtype)
+        results = []
+        for n in (1, 2):
+            threads(n)
+            results.append(peftkern.nf4_linear(x, q, bias))
+        assert torch.equal(*results), rows
+        exact = peftkern.dequantize_nf4(q, x_dtype).double()
+        assert (exact - weight).abs().max() <= weight.abs().max() * torch.finfo(x_dtype).eps
+        assert_close(results[0], x.double() @ exact.T + bias.double(), x_dtype, f"{rows} rows")
+
+
 @pytest.mark.parametrize("way", ["nf4_tiles", "nf4_few_rows"])
 @pytest.mark.parametrize("absmax", [3e-37, 1.0], ids=str)
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])

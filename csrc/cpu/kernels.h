@@ -60,7 +60,8 @@ struct KernelTable {
   void (*dequantize_nf4)(const DequantizeNf4&, int64_t block0, int64_t block1);
 
   // x as nf4_few_rows wants it: fp32 [rows rounded up to 8, in], zero rows at the end; in each run of 2 * (lanes of the
-  // ISA) columns the even ones come first, as a packed byte holds an even and an odd one. in % block_size == 0
+  // ISA) columns the even ones come first, as a packed byte holds an even and an odd one. Or, in no more bytes, as
+  // nf4_few_rows_bf16.inl says. Aligned to 64 bytes. in % block_size == 0
   void (*pack_few_rows)(const Nf4Product&, float* packed_x);
   void (*nf4_few_rows)(const Nf4Product&, const float* packed_x, int64_t column0, int64_t column1);
 
