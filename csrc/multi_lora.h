@@ -129,33 +129,34 @@ std::tuple<Tensor, Tensor> multi_lora_linear(const Tensor& x, const Tensor& weig
 
   const Backend backend(x);
   backend.check_ranks(bank.rank_data(), bank.adapters, bank.rank);
-  Tensor y = make(backend, ForwardProduct{t, input, std::nullopt, bias, std::nullopt});
+  const ForwardProduct base{t, input, std::nullopt, bias, std::nullopt};
+  const std::vector<int64_t> shape = with_last_size(x, t.out);
   const std::vector<int64_t> h_shape{rows, bank.rank};
   Tensor h = empty(x, save_h ? h_shape : std::vector<int64_t>{0}, ScalarType::Float);
-  if (rows && bank.rank) {
-    Tensor u = save_h ? h : empty(x, h_shape, ScalarType::Float);
-    backend.multi_lora_down({.x = input.const_data_ptr(),
-                             .x_dtype = x_dtype,
-                             .groups = bank.groups,
-                             .columns = t.in,
-                             .rank = bank.rank,
-                             .factors = bank.a_factors(),
-                             .alphas = nullptr,
-                             .alpha = 1.0f,
-                             .dropout = bank.dropout,
-                             .out = floats(u)});
-    backend.multi_lora_up({.u = const_floats(u),
+  if (!rows || !bank.rank) return {reshaped(make(backend, base), shape), h};
+  Tensor u = save_h ? h : empty(x, h_shape, ScalarType::Float);
+  backend.multi_lora_down({.x = input.const_data_ptr(),
+                           .x_dtype = x_dtype,
                            .groups = bank.groups,
-                           .columns = t.out,
+                           .columns = t.in,
                            .rank = bank.rank,
-                           .factors = bank.b_factors(),
-                           .alphas = const_floats(bank.scaling),
-                           .alpha = bank.alpha,
-                           .dropout = {},
-                           .y = y.mutable_data_ptr(),
-                           .y_dtype = x_dtype});
-  }
-  return {reshaped(y, with_last_size(x, t.out)), h};
+                           .factors = bank.a_factors(),
+                           .alphas = nullptr,
+                           .alpha = 1.0f,
+                           .dropout = bank.dropout,
+                           .out = floats(u)});
+  const Tensor y = make_mixed(backend, base,
+                              {.u = const_floats(u),
+                               .groups = bank.groups,
+                               .columns = t.out,
+                               .rank = bank.rank,
+                               .factors = bank.b_factors(),
+                               .alphas = const_floats(bank.scaling),
+                               .alpha = bank.alpha,
+                               .dropout = {},
+                               .y = nullptr,
+                               .y_dtype = x_dtype});
+  return {reshaped(y, shape), h};
 }
 
 // dx [..., in] in the dtype of grad; dA, dB whole, in that of their parameter; dbias [out] float32; [0] where `needs`
@@ -262,20 +263,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_linear_backward(
                              .rank_major = true});
   }
   if (needs & kNeedsX) {
-    dx = make(backend, GradientProduct{t, g, std::nullopt});
-    if (dh && rows) {
-      backend.multi_lora_up({.u = const_floats(*dh),
-                             .groups = bank.groups,
-                             .columns = t.in,
-                             .rank = bank.rank,
-                             .factors = bank.a_factors(),
-                             .alphas = nullptr,
-                             .alpha = 1.0f,
-                             .dropout = bank.dropout,
-                             .y = dx.mutable_data_ptr(),
-                             .y_dtype = grad_dtype});
-    }
-    dx = reshaped(dx, shape);
+    const GradientProduct base{t, g, std::nullopt};
+    dx = reshaped(dh && rows ? make_mixed(backend, base,
+                                          {.u = const_floats(*dh),
+                                           .groups = bank.groups,
+                                           .columns = t.in,
+                                           .rank = bank.rank,
+                                           .factors = bank.a_factors(),
+                                           .alphas = nullptr,
+                                           .alpha = 1.0f,
+                                           .dropout = bank.dropout,
+                                           .y = nullptr,
+                                           .y_dtype = grad_dtype})
+                             : make(backend, base),
+                  shape);
   }
   return {dx, dA, dB, dbias};
 }

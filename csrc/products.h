@@ -10,6 +10,7 @@
 #include <span>
 
 #include "choice.h"
+#include "multi_low_rank.h"
 #include "terms.h"
 
 namespace peftkern {
@@ -32,13 +33,15 @@ struct GradientProduct {
   int64_t rows() const { return q.size(0); }
 };
 
-// A way to make Product: [rows, out] or [rows, in], dense, in the dtype of x or q.
+// A way to make Product: [rows, out] or [rows, in], dense, in the dtype of x or q. make_mixed: with the low-rank terms
+// of a batch whose rows choose their adapter, whose y is not set; null: the kernel of those follows.
 template <class Backend, class Product>
 struct Way {
   const char* name;
   bool (*accepts)(const Product&);
   Tensor (*make)(const Backend&, const Product&);
   bool (*pays)(const Product&) = nullptr;  // the rule where nothing is forced or timed; null: wherever it accepts
+  Tensor (*make_mixed)(const Backend&, const Product&, const MultiLoraUp&) = nullptr;
 };
 
 // The tables. Specialised in csrc/<device>/products.h.
@@ -104,20 +107,37 @@ const Way<Backend, Product>* timed_way(const Backend& backend, const Product& pr
   return timed_way(backend, product);
 }
 
-// Makes a product: by the way that set_product() forces, else the fastest if peftkern.autotune is on, else the first
-// row that accepts and pays.
+// The way that set_product() forces, else the fastest if peftkern.autotune is on, else the first row that accepts and
+// pays.
 template <class Backend, class Product>
-Tensor make(const Backend& backend, const Product& product) {
+const Way<Backend, Product>& chosen_way(const Backend& backend, const Product& product) {
   const std::string forced = forced_product(direction(product));
   if (forced.empty() && autotune_on()) {
-    if (const auto* way = timed_way(backend, product)) return way->make(backend, product);
+    if (const auto* way = timed_way(backend, product)) return *way;
   }
   for (const auto& way : ways<Backend, Product>()) {
     if (forced.empty() ? way.pays && !way.pays(product) : forced != way.name) continue;
-    if (way.accepts(product)) return way.make(backend, product);
+    if (way.accepts(product)) return way;
   }
   fail(direction(product), " product: \"", forced, "\" is forced and takes no ", product.rows(),
        " rows of this weight");
+}
+
+template <class Backend, class Product>
+Tensor make(const Backend& backend, const Product& product) {
+  return chosen_way(backend, product).make(backend, product);
+}
+
+// A product of a batch whose rows choose their adapter. up.y and y_dtype are set here.
+template <class Backend, class Product>
+Tensor make_mixed(const Backend& backend, const Product& product, MultiLoraUp up) {
+  const auto& way = chosen_way(backend, product);
+  if (way.make_mixed) return way.make_mixed(backend, product, up);
+  Tensor y = way.make(backend, product);
+  up.y = y.mutable_data_ptr();
+  up.y_dtype = dtype_of(y, "y");
+  backend.multi_lora_up(up);
+  return y;
 }
 
 // ---- rows for any device

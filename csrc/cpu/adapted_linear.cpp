@@ -22,6 +22,24 @@ using cpu::split;
 
 void CpuBackend::low_rank_down(const LowRankDown& a) const {
   const auto& k = kernels();
+  if (a.rows <= cpu::kFewRows && a.factor.rank_major && a.alpha == 1.0f && !a.dropout.threshold) {
+    return few_rows({.x = a.x,
+                     .x_dtype = a.x_dtype,
+                     .x_rows = nullptr,
+                     .rows = a.rows,
+                     .in = a.columns,
+                     .out = a.rank,
+                     .weight = a.factor.data,
+                     .weight_dtype = a.factor.dtype,
+                     .bias = nullptr,
+                     .terms = nullptr,
+                     .factor_dtype = DType::f32,
+                     .factor_ld = 0,
+                     .y_rows = nullptr,
+                     .y = a.out,
+                     .y_dtype = DType::f32,
+                     .y_ld = a.rank});
+  }
   const int64_t ld = k.padded_rank(a.rank);
   std::vector<float> packed(static_cast<size_t>(round_up(a.columns, cpu::kMaxLanes) * ld));
   split(a.columns, kColumnUnit, static_cast<double>(ld),

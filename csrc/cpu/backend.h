@@ -11,6 +11,7 @@
 #include "../nf4.h"
 #include "../rank_allocation.h"
 #include "../tensors.h"
+#include "few_rows.h"
 
 namespace peftkern {
 
@@ -32,6 +33,7 @@ class CpuBackend {
     return function;
   }
 
+  void few_rows(const FewRows&) const;
   void low_rank_down(const LowRankDown&) const;
   void low_rank_up(const LowRankUp&) const;
   void low_rank_grad(const LowRankGrad&) const;

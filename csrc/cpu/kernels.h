@@ -8,6 +8,7 @@
 #include "../multi_low_rank.h"
 #include "../nf4.h"
 #include "../rank_allocation.h"
+#include "few_rows.h"
 
 namespace peftkern::cpu {
 
@@ -19,6 +20,7 @@ constexpr int64_t kRowChunk = 128;    // entries of a call of multi_lora_down: a
 constexpr int64_t kPanelDepth = 256;  // columns of a factor that multi_lora_down packs at a time
 constexpr int64_t kColumnSpan = 512;  // columns of a call of multi_lora_up
 constexpr int64_t kMaxLanes = 16;     // of any instruction set
+constexpr int64_t kFewRows = 8;       // rows of a register tile of few_rows, which takes any number
 
 constexpr int64_t kDoubleUnit = 8;  // fp64 elements to which jacobi_svd pads a column, with zeros
 
@@ -64,6 +66,11 @@ struct KernelTable {
   // nf4_few_rows_bf16.inl says. Aligned to 64 bytes. in % block_size == 0
   void (*pack_few_rows)(const Nf4Product&, float* packed_x);
   void (*nf4_few_rows)(const Nf4Product&, const float* packed_x, int64_t column0, int64_t column1);
+
+  // widened: [rows, in rounded up to kMaxLanes], x in fp32, if widens_few_rows says so
+  bool (*widens_few_rows)(const FewRows&);
+  void (*widen_few_rows)(const FewRows&, float* widened);
+  void (*few_rows)(const FewRows&, const float* widened, int64_t column0, int64_t column1);
 
   // One adapter, `rank` of whose ranks count, and entries of its own. scratch: [kRowChunk + kPanelDepth, padded_rank]
   void (*multi_lora_down)(const MultiLoraDown&, int64_t adapter, int64_t rank, int64_t entry0, int64_t entry1,

@@ -37,7 +37,53 @@ std::vector<Chunk> chunks_of(const RowGroups& groups, const int32_t* ranks, int6
   return chunks;
 }
 
+const void* factor_of(const FactorBank& bank, int64_t adapter, int64_t elements) {
+  const int64_t bytes = bank.dtype == DType::f32 ? 4 : 2;
+  return static_cast<const char*>(bank.data) + adapter * elements * bytes;
+}
+
+// multi_lora_down of a few entries of one adapter, by the kernel that low_rank_down takes for so few rows
+void few_rows_down(const MultiLoraDown& a, const Chunk& c) {
+  const auto& k = kernels();
+  const FewRows few{.x = a.x,
+                    .x_dtype = a.x_dtype,
+                    .x_rows = a.groups.order + c.entry0,
+                    .rows = c.entry1 - c.entry0,
+                    .in = a.columns,
+                    .out = c.rank,
+                    .weight = factor_of(a.factors, c.adapter, a.rank * a.columns),
+                    .weight_dtype = a.factors.dtype,
+                    .bias = nullptr,
+                    .terms = nullptr,
+                    .factor_dtype = DType::f32,
+                    .factor_ld = 0,
+                    .y_rows = nullptr,
+                    .y = a.out + c.entry0 * a.rank,
+                    .y_dtype = DType::f32,
+                    .y_ld = a.rank};
+  std::vector<float> widened;
+  if (k.widens_few_rows(few)) {
+    widened.resize(static_cast<size_t>(few.rows * cpu::round_up(few.in, cpu::kMaxLanes)));
+    k.widen_few_rows(few, widened.data());
+  }
+  k.few_rows(few, widened.data(), 0, few.out);
+  for (int64_t e = c.entry0; e < c.entry1; ++e) std::fill(a.out + e * a.rank + c.rank, a.out + (e + 1) * a.rank, 0.0f);
+}
+
 }  // namespace
+
+// Entries in the order of the plan, each with its row and its adapter's B.
+Tensor few_rows_mixed(const CpuBackend& backend, const ForwardProduct& p, const MultiLoraUp& up) {
+  std::vector<RowTerm> terms;
+  for (int64_t a = 0; a <= up.groups.adapters; ++a) {
+    const bool any = a < up.groups.adapters;
+    for (int64_t e = up.groups.offsets[a]; e < up.groups.offsets[a + 1]; ++e)
+      terms.push_back({any ? up.u + e * up.rank : nullptr,
+                       any ? factor_of(up.factors, a, up.columns * up.rank) : up.factors.data,
+                       any ? rank_of(up.factors.ranks, up.rank, a) : 0, up.alphas && any ? up.alphas[a] : up.alpha});
+  }
+  return few_rows_product(backend, p, terms, up.rank, up.factors.dtype, up.groups.order);
+}
 
 void CpuBackend::check_ranks(const int32_t* ranks, int64_t adapters, int64_t rank) const {
   for (int64_t a = 0; ranks && a < adapters; ++a)
@@ -70,11 +116,20 @@ void CpuBackend::multi_lora_down(const MultiLoraDown& a) const {
   const std::vector<Chunk> chunks = chunks_of(a.groups, a.factors.ranks, a.rank);
   const int64_t entries = a.groups.offsets[a.groups.adapters];
   const auto count = static_cast<int64_t>(chunks.size());
+  // as in low_rank_down, so that a row has the bits it has in a batch of one adapter
+  const bool few =
+      a.groups.rows <= cpu::kFewRows && a.factors.rank_major && !a.alphas && a.alpha == 1.0f && !a.dropout.threshold;
   const double rows = static_cast<double>(entries) / static_cast<double>(std::max<int64_t>(count, 1));
   cpu::split(count, 1, (rows + 8.0) * static_cast<double>(a.columns * ld), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>((kRowChunk + cpu::kPanelDepth) * ld));
-    for (int64_t i = begin; i < end; ++i)
-      k.multi_lora_down(a, chunks[i].adapter, chunks[i].rank, chunks[i].entry0, chunks[i].entry1, scratch.data());
+    std::vector<float> scratch(few ? 0 : static_cast<size_t>((kRowChunk + cpu::kPanelDepth) * ld));
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk& c = chunks[i];
+      if (few) {
+        few_rows_down(a, c);
+      } else {
+        k.multi_lora_down(a, c.adapter, c.rank, c.entry0, c.entry1, scratch.data());
+      }
+    }
   });
   std::fill(a.out + entries * a.rank, a.out + a.groups.rows * a.rank, 0.0f);  // rows without adapter
 }

@@ -5,6 +5,7 @@
 #include "panel.inl"
 
 #include "low_rank.inl"
+#include "few_rows.inl"
 #include "multi_lora.inl"
 #include "nf4.inl"
 #include "rank_allocation.inl"
@@ -24,6 +25,9 @@ constexpr KernelTable kernel_table(const char* name) {
           .dequantize_nf4 = dequantize_nf4,
           .pack_few_rows = pack_few_rows,
           .nf4_few_rows = nf4_few_rows,
+          .widens_few_rows = widens_few_rows,
+          .widen_few_rows = widen_few_rows,
+          .few_rows = few_rows,
           .multi_lora_down = multi_lora_down,
           .multi_lora_up = multi_lora_up,
           .multi_lora_grad = multi_lora_grad,

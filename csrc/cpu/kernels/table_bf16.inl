@@ -20,6 +20,7 @@ inline __m256i to_bf16(F32 a) {
 #include "nf4_tiles.inl"
 #include "nf4_tiles_bf16.inl"
 
+#include "few_rows_bf16.inl"
 #include "nf4_few_rows_bf16.inl"
 
 constexpr KernelTable bf16_kernel_table(const char* name) {
@@ -29,6 +30,8 @@ constexpr KernelTable bf16_kernel_table(const char* name) {
   table.multi_lora_down = multi_lora_down_bf16;
   table.pack_few_rows = pack_few_rows_bf16;
   table.nf4_few_rows = nf4_few_rows_bf16;
+  table.widens_few_rows = widens_few_rows_bf16;
+  table.few_rows = few_rows_bf16;
   add_tiles(table);
   table.nf4_forward[static_cast<int>(DType::bf16)] = &kTiles<Bf16Dot, false>;
   table.nf4_gradient[static_cast<int>(DType::bf16)] = &kTiles<Bf16Dot, true>;
