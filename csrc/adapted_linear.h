@@ -18,16 +18,15 @@ namespace peftkern {
 // Which gradients adapted_linear_backward computes: bits of its `needs` argument.
 enum Needs : int64_t { kNeedsX = 1, kNeedsA = 2, kNeedsB = 4, kNeedsLam = 8, kNeedsOutScale = 16, kNeedsBias = 32 };
 
-// y [..., out], then h [rows, rank] float32 if save_h, then z [rows, out] if save_z. A list: an empty tensor for what was
-// not asked for costs 2 us to make, wrap and free.
+// y [..., out], then h [rows, rank] float32 if save_h, then z [rows, out] if save_z. A list: an empty tensor for what
+// was not asked for costs 2 us to make, wrap and free.
 template <class Backend>
 std::vector<Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                                                  const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                                  int64_t block_size, int64_t out_features, const OptionalTensor& A,
-                                                  const OptionalTensor& B, const OptionalTensor& lam,
-                                                  const OptionalTensor& out_scale, const OptionalTensor& bias,
-                                                  double scaling, double dropout_p, const OptionalTensor& seed,
-                                                  bool save_h, bool save_z) {
+                                   const OptionalTensor& nested_absmax, const OptionalTensor& offset,
+                                   int64_t block_size, int64_t out_features, const OptionalTensor& A,
+                                   const OptionalTensor& B, const OptionalTensor& lam, const OptionalTensor& out_scale,
+                                   const OptionalTensor& bias, double scaling, double dropout_p,
+                                   const OptionalTensor& seed, bool save_h, bool save_z) {
   const DType x_dtype = dtype_of(x, "x");
   PEFTKERN_CHECK(x.dim() >= 1, "x: expected shape [..., in_features], got a scalar");
   PEFTKERN_CHECK(out_features >= 0, "out_features: expected >= 0, got ", out_features);
@@ -77,16 +76,17 @@ std::vector<Tensor> adapted_linear(const Tensor& x, const Tensor& weight, const 
   return results;
 }
 
-// Of dx [..., in] in the dtype of grad; dA, dB, dlam, dout_scale in that of their parameter; dbias [out] float32, as the
-// dtype of bias is not known here: those that `needs` asks for, in this order.
-// x is read only for dA, h for dB and dlam, z for dout_scale.
+// Of dx [..., in] in the dtype of grad; dA, dB, dlam, dout_scale in that of their parameter; dbias [out] float32, as
+// the dtype of bias is not known here: those that `needs` asks for, in this order. x is read only for dA, h for dB and
+// dlam, z for dout_scale.
 template <class Backend>
-std::vector<Tensor> adapted_linear_backward(
-    const Tensor& grad, const OptionalTensor& x, const Tensor& weight, const OptionalTensor& absmax,
-    const OptionalTensor& nested_absmax, const OptionalTensor& offset, int64_t block_size, int64_t in_features,
-    const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A, const OptionalTensor& B,
-    const OptionalTensor& lam, const OptionalTensor& out_scale, double scaling, double dropout_p,
-    const OptionalTensor& seed, int64_t needs) {
+std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTensor& x, const Tensor& weight,
+                                            const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+                                            const OptionalTensor& offset, int64_t block_size, int64_t in_features,
+                                            const OptionalTensor& h, const OptionalTensor& z, const OptionalTensor& A,
+                                            const OptionalTensor& B, const OptionalTensor& lam,
+                                            const OptionalTensor& out_scale, double scaling, double dropout_p,
+                                            const OptionalTensor& seed, int64_t needs) {
   const DType grad_dtype = dtype_of(grad, "grad");
   PEFTKERN_CHECK(grad.dim() >= 1, "grad: expected shape [..., out_features], got a scalar");
   Terms t{weight,
