@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import Module, buffer
-from .build import cache_dir, cuda_home, missing_tool, nvcc, write_whole
+from .build import cache_dir, core, cuda_home, missing_tool, nvcc, write_whole
 from .module import NVCC_FLAGS
 from .ops import OPS, READ, STREAM, WRITE, Operand, wrappers
 
@@ -130,6 +130,7 @@ def _dispatch(name, grid, block, shared_memory, stream, arguments, overlaps) -> 
 def modules(arch: str) -> dict[str, Module]:
     """The PTX of every csrc/cuda/*.cu, by the name of the file."""
     files = cuda_files()
+    core()  # loaded once, before the threads would each do it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = pool.map(lambda path: Module.from_cuda(path, arch), files)
         return {path.name: module for path, module in zip(files, loaded, strict=True)}
