@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch of 8 items with an adapter each, against one adapter for all of them, against a bank of 100, and against HF
-PEFT's `adapter_names`: 8 rows (decode) and 8 x 128 rows (prefill), no gradients."""
+PEFT's `adapter_names`, a loop over the adapters: 8 rows (decode) and 8 x 128 rows (prefill), no gradients."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_multi_lora(compare, n, dtype, tokens):
             "lora_linear": lambda: peftkern.lora_linear(x, weight, A[0], B[0], 2.0),
             "bank of 100": lambda: peftkern.multi_lora_linear(x, weight, many_A, many_B, spread, scaling=2.0),
             "F.linear": lambda: torch.nn.functional.linear(x, weight),
-            "HF PEFT adapter_names": lambda: theirs(x, adapter_names=names),
+            "HF PEFT's loop": lambda: theirs(x, adapter_names=names),
         }
         name = f"{'decode 8 rows' if tokens == 1 else 'prefill 8x128 rows'}, {n}x{n} {str(dtype)[6:]} r=16, 8 adapters"
         compare(name, providers, seconds=2.0, rounds=(15, 200))

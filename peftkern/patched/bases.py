@@ -58,8 +58,10 @@ def kind_reason(base: nn.Module, fan_in_fan_out: bool) -> str | None:
 
 def base_inputs(base: nn.Module, x: Tensor) -> Inputs | None:
     """x, weight and bias as the base layer would multiply them, and the dtype of its result; None: not by us."""
-    kind = type(base)
-    weight, bias = base.weight, base.bias
+    kind, parameters = type(base), base._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or (bias is None and "bias" not in parameters):  # a computed one, which is an attribute
+        weight, bias = base.weight, base.bias
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.dtype not in FLOAT_DTYPES:
         return None
     device = x.device

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor, nn
 
 from ..ops.multi_lora import make_plan, planned_multi_lora_linear, stacked
 from .bases import Inputs
+from .watched import Watched
 
 if TYPE_CHECKING:
     from .layer import Part, PatchedLayer, Plan
+
+
+_version, _weight = attrgetter("_version"), itemgetter("weight")
 
 
 class Batch:
@@ -68,15 +73,21 @@ class Mixture:
 
     def __init__(self, plan: Plan, batch: Batch, used: Sequence[Part], every: Sequence[Part]) -> None:
         self.plan, self.batch, self.used, self.every = plan, batch, used, every
-        self.dropouts = [part.dropout for part in used]
+        self.watched = Watched([plan.base, *(module for part in used for module in part.modules)])
+        self.dropouts = [part.dropout for part in used if type(part.dropout) is nn.Dropout]
         # In training the adapters that get a gradient; in inference all there are, so that other batches find them.
         self.bank: Bank | None = None
         self._inside_used = [part.modules[i]._parameters for i in (0, 1) for part in used]
-        self._kept: tuple[list[tuple], list[float]] | None = None  # of used, when bank was found good
+        self._kept: tuple | None = None  # stamps and scalings of used, when bank was found good
+        self._scalings = itemgetter(*(part.name for part in used)) if used else None
 
     def dropout_p(self) -> float | None:
         """None: the adapters differ."""
-        rates = {d.p if d.training and type(d) is nn.Dropout else 0.0 for d in self.dropouts}
+        if not self.dropouts:
+            return 0.0
+        rates = {d.p if d.training else 0.0 for d in self.dropouts}
+        if len(self.dropouts) < len(self.used):
+            rates.add(0.0)
         return rates.pop() if len(rates) == 1 else None
 
     def find_bank(self, layer: PatchedLayer) -> Bank | None:
@@ -84,16 +95,15 @@ class Mixture:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() or compiling:
             return _stack(layer, self.used if torch.is_grad_enabled() else self.every)
-        scaling = layer.scaling
-        scalings = [scaling[part.name] for part in self.used]
         try:
-            factors = [parameters["weight"] for parameters in self._inside_used]
-            stamps = _stamps(factors)
+            stamps = _stamps(list(map(_weight, self._inside_used)))
         except (KeyError, RuntimeError):  # parametrized; inference tensors have no version
             return _stack(layer, self.every)
-        if self.bank is None or self._kept != (stamps, scalings):
+        kept = (stamps, self._scalings(layer.scaling))
+        if self.bank is None or self._kept != kept:
+            scalings = [layer.scaling[part.name] for part in self.used]
             self.bank = layer._peftkern_bank = self._from_layer(layer, stamps, scalings)
-            self._kept = (stamps, scalings)
+            self._kept = kept
         return self.bank
 
     def _from_layer(self, layer: PatchedLayer, stamps: list[tuple], scalings: list[float]) -> Bank | None:
@@ -118,7 +128,7 @@ def _stack(layer: PatchedLayer, parts: Sequence[Part]) -> Bank | None:
 
 def _stamps(tensors: list[Tensor]) -> list[tuple]:
     """What tells that nothing was written or assigned to them."""
-    return [(t.data_ptr(), t._version) for t in tensors]
+    return list(zip(map(Tensor.data_ptr, tensors), map(_version, tensors), strict=True))
 
 
 def mixed_linear(inputs: Inputs, bank: Bank, batch: Batch, dropout_p: float) -> Tensor:

@@ -18,6 +18,7 @@ from ..ops.tensor_cache import TensorCache
 from .bases import base_inputs, bnb_linear, bnb_reason, has_kernels, kind_reason, quant_state, text_of
 from .batch import Bank, Batch, Mixture, mixed_linear
 from .copies import Patched
+from .watched import Watched
 
 # Two names of torch's own that have no public form. Without them nothing is fused.
 _hooks_everywhere = getattr(torch_module, "_has_any_global_hook", None)
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     reason: str | None  # and with the active ones
     parts: list[Part]  # the active ones
     mixable: dict[str, Part]  # those that adapter_names may name
+    watched: Watched  # the base and the modules of parts
 
 
 class PatchedLayer(Patched):
@@ -94,7 +96,7 @@ class PatchedLayer(Patched):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         plan = self._plan()
-        if plan.reason is not None or not self._undisturbed(plan.parts):
+        if plan.reason is not None or not self._undisturbed(plan.watched):
             return None
         inputs = base_inputs(plan.base, x)
         if inputs is None:
@@ -153,7 +155,7 @@ class PatchedLayer(Patched):
         if not mixture.used:
             return self.base_layer(x)
         p = mixture.dropout_p()
-        if p is None or not self._undisturbed(mixture.used):
+        if p is None or not self._undisturbed(mixture.watched):
             return None
         inputs = base_inputs(plan.base, x)
         if inputs is None:
@@ -210,20 +212,14 @@ class PatchedLayer(Patched):
             reason = "several active adapters, one of them DoRA"
         mixable = {n: part for n, part in every.items() if part.dora is None and self._kind == "LoRA"}
         inside = tuple(held.copy() for held in self._inside())
-        return Plan(self._active_adapter, base, quant_state(base), inside, base_reason, reason, parts, mixable)
+        watched = Watched([base, *(module for part in parts for module in part.modules)])
+        return Plan(self._active_adapter, base, quant_state(base), inside, base_reason, reason, parts, mixable, watched)
 
-    def _undisturbed(self, parts: list[Part]) -> bool:
+    @staticmethod
+    def _undisturbed(watched: Watched) -> bool:
         """Would calling the modules inside run nothing but their forward?"""
-        if _calls_more(self._modules["base_layer"]):
+        if not watched.undisturbed():
             return False
-        for part in parts:
-            for module in part.modules:
-                d = module.__dict__  # _calls_more, without the calls: this is most of what a mixed batch adds
-                if (
-                    d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-                    or "forward" in d
-                ):  # fmt: skip
-                    return False
         return torch.compiler.is_compiling() or not (_hooks_everywhere() or _transforms_active())
 
     def _accepts(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -255,7 +251,7 @@ class PatchedLayer(Patched):
         plan = self._make_plan()
         if plan.reason:
             return plan.reason
-        if not self._undisturbed(plan.parts):
+        if not self._undisturbed(plan.watched):
             return "an inner module has a hook or a forward of its own, which a fused call would not run"
         if plan.base.weight.requires_grad:
             return "the base weight trains"
@@ -382,14 +378,6 @@ def is_dora(variant: Any) -> bool:
     except ImportError:
         return False
     return type(variant) is DoraLinearVariant
-
-
-def _calls_more(module: nn.Module) -> bool:
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-        or "forward" in d
-    )  # fmt: skip
 
 
 def active_p(dropout: nn.Module) -> float:
