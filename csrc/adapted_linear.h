@@ -128,7 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   Tensor dout_scale = needed(kNeedsOutScale, {t.out}, type_of(out_scale));
   Tensor dbias = needed(kNeedsBias, {t.out}, ScalarType::Float);
 
-  if (needs & kNeedsBias) dbias = column_sums(g, std::nullopt, t.out);
+  const bool makes_dB = (needs & kNeedsB) && dB.numel();
+  // dbias rides along where dB reads g, not g * out_scale.
+  const bool bias_rides =
+      Backend::kGradSums && (needs & kNeedsBias) && makes_dB && !out_scale && dtype != ScalarType::Float;
+  if ((needs & kNeedsBias) && !bias_rides) dbias = column_sums(g, std::nullopt, t.out);
   if (needs & kNeedsOutScale) {
     PEFTKERN_CHECK(z && out_scale, "z and out_scale: expected both for the gradient of out_scale");
     check_shape(*z, {rows, t.out}, "z");
@@ -143,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     check_shape(*h, {rows, t.rank}, "h");
     check_dtype(*h, ScalarType::Float, "h");
   }
-  if ((needs & kNeedsB) && dB.numel()) {
+  if (makes_dB) {
     const Tensor u = lam ? times(*h, *float_vector(lam)) : dense(*h);
     backend.low_rank_grad({.u = const_floats(u),
                            .x = q.const_data_ptr(),
@@ -155,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
                            .dropout = {},
                            .grad = dB.mutable_data_ptr(),
                            .grad_dtype = dtype_of(dB, "B"),
-                           .rank_major = false});
+                           .rank_major = false,
+                           .sums = bias_rides ? floats(dbias) : nullptr});
   }
 
   OptionalTensor dh;
