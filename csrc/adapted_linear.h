@@ -122,7 +122,14 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
   };
 
   OptionalTensor dx, dA, dB, dlam, dout_scale, dbias;
-  if (needs & kNeedsBias) dbias = column_sums(g, std::nullopt, t.out);
+  if (needs & kNeedsB) dB = empty(grad, {t.out, t.rank}, type_of(B));
+  const bool makes_dB = dB && dB->numel();
+  // dbias rides along where dB reads g, not g * out_scale.
+  const bool bias_rides =
+      Backend::kGradSums && (needs & kNeedsBias) && makes_dB && !out_scale && dtype != ScalarType::Float;
+  if (needs & kNeedsBias) {
+    dbias = bias_rides ? empty(grad, {t.out}, ScalarType::Float) : column_sums(g, std::nullopt, t.out);
+  }
   if (needs & kNeedsOutScale) {
     PEFTKERN_CHECK(z && out_scale, "z and out_scale: expected both for the gradient of out_scale");
     check_shape(*z, {rows, t.out}, "z");
@@ -137,8 +144,7 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
     check_shape(*h, {rows, t.rank}, "h");
     check_dtype(*h, ScalarType::Float, "h");
   }
-  if (needs & kNeedsB) dB = empty(grad, {t.out, t.rank}, type_of(B));
-  if (dB && dB->numel()) {
+  if (makes_dB) {
     const Tensor u = lam ? times(*h, *float_vector(lam)) : dense(*h);
     backend.low_rank_grad({.u = const_floats(u),
                            .x = q.const_data_ptr(),
@@ -150,7 +156,8 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
                            .dropout = {},
                            .grad = dB->mutable_data_ptr(),
                            .grad_dtype = dtype_of(*dB, "B"),
-                           .rank_major = false});
+                           .rank_major = false,
+                           .sums = bias_rides ? floats(*dbias) : nullptr});
   }
 
   OptionalTensor dh;

@@ -57,6 +57,7 @@ struct LowRankGrad {
   DType grad_dtype;
   bool rank_major;
   float* workspace = nullptr;  // CUDA alone: [low_rank_grad_workspace(...)]
+  float* sums = nullptr;       // CUDA and 16-bit x alone, [columns] or null: receives ColumnSums of x where kept
 };
 
 // out[c] = sum over rows of g[., c] * z[., c] (z null: of g)        dbias, dout_scale, and dlam with g = du, z = h

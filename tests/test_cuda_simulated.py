@@ -208,6 +208,7 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
         QuantizeNf4(block_size=48, n=64),
         DequantizeNf4(block_size=48, n=64),
         JacobiSvd(batch=1, n=1025),
+        OPS["low_rank_grad"](x_dtype=F32, rows=8, columns=8, rank=8, sums=8),
         forward(block_size=48),
         forward(columns=96),
         forward(x_dtype=F32),

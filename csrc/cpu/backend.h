@@ -58,6 +58,7 @@ class CpuBackend {
   void jacobi_svd(const JacobiSvd&) const;
 
   static constexpr int64_t kScoreParts = 0;  // one thread sums a column of B
+  static constexpr bool kGradSums = false;   // low_rank_grad leaves LowRankGrad::sums alone
   void update_importance(const ImportanceUpdate&) const;
   void rank_mask(const RankMask&) const;
   void mask_ranks(const MaskRanks&) const;

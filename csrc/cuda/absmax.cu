@@ -16,7 +16,8 @@ namespace peftkern {
 constexpr int kMeanThreads = 1024;
 constexpr int kAbsmaxThreads = 256;
 constexpr int kAbsmaxWarps = kAbsmaxThreads / 32;
-static_assert(kNestedBlockSize == 32 * kChunk, "a warp quantizes one block, a chunk per lane");
+constexpr int kHalf = 32 * kQuad;
+static_assert(kNestedBlockSize == 2 * kHalf, "a warp quantizes one block");
 static_assert(kAbsmaxThreads == 256, "a thread fills one entry of a table");
 
 __global__ void __launch_bounds__(kMeanThreads) absmax_mean_kernel(QuantizeAbsmax args) {
@@ -42,17 +43,23 @@ __global__ void __launch_bounds__(kAbsmaxThreads) quantize_absmax_kernel(Quantiz
   }
   __syncthreads();
 
+  // A lane takes 4 neighbouring values of each half of the block, so that a request of a warp is one piece of memory.
   const int lane = threadIdx.x % 32;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kAbsmaxWarps + threadIdx.x / 32;
-  const int64_t index = block * kNestedBlockSize + lane * kChunk, valid = args.n - index;
+  const int64_t index = block * kNestedBlockSize + lane * kQuad, valid = args.n - index;
+  const bool absmax_aligned = quads_aligned<float>(args.absmax, 0);
+  const bool codes_aligned = reinterpret_cast<uintptr_t>(args.codes) % 4 == 0;
   const float offset = *args.offset;
-  float v[kChunk];
-  load_chunk(args.absmax + index, valid, chunks_aligned(args.absmax, 0), v);
+  float v[2][kQuad];
   uint32_t max_bits = 0;
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    v[j] = __fsub_rn(v[j], offset);
-    if (j < valid) max_bits = max(max_bits, magnitude_bits(v[j]));
+  for (int half = 0; half < 2; ++half) {
+    load_quad(args.absmax + index + half * kHalf, valid - half * kHalf, absmax_aligned, v[half]);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      v[half][j] = __fsub_rn(v[half][j], offset);
+      if (half * kHalf + j < valid) max_bits = max(max_bits, magnitude_bits(v[half][j]));
+    }
   }
   const float nested_absmax = __uint_as_float(max_of_lanes(max_bits, 32));
   if (lane == 0 && valid > 0) args.nested_absmax[block] = nested_absmax;
@@ -60,13 +67,23 @@ __global__ void __launch_bounds__(kAbsmaxThreads) quantize_absmax_kernel(Quantiz
   // All values of a block with nested_absmax 0 are 0; so is then their quotient, whose code is that of 0.0.
   const float reciprocal = nested_absmax == 0.0f ? 0.0f : __fdiv_rn(1.0f, nested_absmax);
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    if (j >= valid) break;
-    const float scaled = __fmul_rn(v[j], reciprocal);
-    int code = 0;
+  for (int half = 0; half < 2; ++half) {
+    uint32_t word = 0;
 #pragma unroll
-    for (int step = 128; step > 0; step /= 2) code += midpoints[code + step - 1] < scaled ? step : 0;
-    args.codes[index + j] = static_cast<uint8_t>(code);
+    for (int j = 0; j < kQuad; ++j) {
+      const float scaled = __fmul_rn(v[half][j], reciprocal);
+      uint32_t code = 0;
+#pragma unroll
+      for (int step = 128; step > 0; step /= 2) code += midpoints[code + step - 1] < scaled ? step : 0;
+      word |= code << (8 * j);
+    }
+    uint8_t* codes = args.codes + index + half * kHalf;
+    const int64_t left = valid - half * kHalf;
+    if (codes_aligned && left >= kQuad) {
+      *reinterpret_cast<uint32_t*>(codes) = word;
+    } else {
+      for (int j = 0; j < kQuad && j < left; ++j) codes[j] = static_cast<uint8_t>(word >> (8 * j));
+    }
   }
 }
 

@@ -35,6 +35,7 @@ inline int cuda_attribute(cudaDeviceAttr attribute) {
 class CudaBackend {
  public:
   static constexpr int64_t kScoreParts = peftkern::kScoreParts;
+  static constexpr bool kGradSums = true;  // low_rank_grad makes LowRankGrad::sums of 16-bit x
 
   explicit CudaBackend(const torch::stable::Tensor& tensor)
       : like_(tensor), guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}

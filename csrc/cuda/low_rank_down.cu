@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankD
 
 __global__ void __launch_bounds__(kPartThreads) low_rank_down_sum_kernel(LowRankDown args, int64_t parts) {
   let_next_launch_start();
-  sum_parts(args.workspace, parts, args.rows * args.rank, args.alpha * args.dropout.scale, args.out, DType::f32);
+  sum_parts(part_element(), args.workspace, parts, args.rows * args.rank, args.alpha * args.dropout.scale, args.out,
+            DType::f32);
 }
 
 static int64_t block_ranks(const LowRankDown& args) { return args.rank <= 16 ? 16 : args.rank <= 32 ? 32 : 64; }

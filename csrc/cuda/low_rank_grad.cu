@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// LowRankGrad of low_rank.h:  grad = alpha * u^T drop(x), in the layout and dtype of the factor
+// LowRankGrad of low_rank.h:  grad = alpha * u^T drop(x), in the layout and dtype of the factor, and the sums of the
+// columns of x, where they are wanted: x is in registers, and a pass of its own would read it again
 //
 // Bound by reading x, which goes from global memory to registers and there, masked, into the tensor cores (tf32.cuh).
 // A block takes 16 kTiles ranks, 128 columns and a slab of the rows, 64 rows a stage:
@@ -31,6 +32,11 @@ constexpr int kPartFloats = kTileRanks * (kWarpColumns + 2);
 __device__ __forceinline__ int part_index(bool rank_major, int rank, int column) {
   return rank_major ? rank * (kWarpColumns + 2) + (column ^ (column >> 5 & 1))
                     : column * kTileRanks + column / 16 * 8 + rank;
+}
+
+// The workspace: [slab][grad], then [slab][sums].
+__device__ __forceinline__ float* slab_sums(const LowRankGrad& args, int64_t slabs, int64_t slab) {
+  return args.workspace + slabs * args.rank * args.columns + slab * args.columns;
 }
 
 template <class T, int kTiles>
@@ -79,6 +85,9 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
   };
 
   float sum[kTiles][kChunk][4] = {};
+  // Not of fp32: on sm_90 the registers would leave room for one block instead of two.
+  const bool wants_sums = sizeof(T) == 2 && args.sums && first_rank == 0;
+  float column_sum[kChunk] = {};
   if (first_stage < last_stage) load(first_stage);
   for (int64_t stage = first_stage; stage < last_stage; ++stage) {
     __syncthreads();  // the u of the stage before is used up
@@ -101,6 +110,10 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
       const int64_t row = stage * kGradRows + step * kStepRows + t;
       drop_chunk(args.dropout, seed, row, column, now[i][0].raw);
       drop_chunk(args.dropout, seed, row + 4, column, now[i][1].raw);
+      if (wants_sums) {
+#pragma unroll
+        for (int n = 0; n < kChunk; ++n) column_sum[n] += to_float(now[i][0].raw[n]) + to_float(now[i][1].raw[n]);
+      }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const uint4 high = shared.u[step][tile][0][lane], low = shared.u[step][tile][1][lane];
@@ -109,6 +122,24 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
           mma_split<T>(sum[tile][n], high, low, false, split_tf32(now[i][0].raw[n]), split_tf32(now[i][1].raw[n]));
         }
       }
+    }
+  }
+
+  if (wants_sums) {
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kChunk; ++n) {
+      column_sum[n] += __shfl_xor_sync(0xffffffff, column_sum[n], 1);
+      column_sum[n] += __shfl_xor_sync(0xffffffff, column_sum[n], 2);
+      if (t == n / 2) shared.part[warp][g * kChunk + n] = column_sum[n];  // all four have it
+    }
+    __syncthreads();
+    const int c = threadIdx.x;
+    if (c < kGradColumns && first_column + c < args.columns) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kRowWarps; ++w) total += shared.part[c / kWarpColumns * kRowWarps + w][c % kWarpColumns];
+      (slabs > 1 ? slab_sums(args, slabs, slab) : args.sums)[first_column + c] = total;
     }
   }
 
@@ -146,8 +177,10 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
 }
 
 __global__ void __launch_bounds__(kPartThreads) low_rank_grad_sum_kernel(LowRankGrad args, int64_t slabs) {
-  sum_parts(args.workspace, slabs, args.rank * args.columns, args.alpha * args.dropout.scale, args.grad,
-            args.grad_dtype);
+  const int64_t n = args.rank * args.columns, i = part_element();
+  sum_parts(i, args.workspace, slabs, n, args.alpha * args.dropout.scale, args.grad, args.grad_dtype);
+  if (args.sums && i >= n)
+    sum_parts(i - n, slab_sums(args, slabs, 0), slabs, args.columns, 1.0f, args.sums, DType::f32);
 }
 
 // Ranks of a block: 64 would spill.
@@ -159,16 +192,18 @@ static int64_t block_tiles(const LowRankGrad& args) {
 
 static int64_t slab_count(const LowRankGrad& args) { return part_count(block_tiles(args), args.rows / kSlabRows); }
 
+static int64_t grad_outputs(const LowRankGrad& args) { return (args.rank + (args.sums ? 1 : 0)) * args.columns; }
+
 int64_t low_rank_grad_workspace(const LowRankGrad& args) {
   const int64_t slabs = slab_count(args);
-  return slabs > 1 ? slabs * args.rank * args.columns : 0;
+  return slabs > 1 ? slabs * grad_outputs(args) : 0;
 }
 
 cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream) {
   // Not skipped without rows: the gradient is then zero, and has to be written.
   if (args.rank == 0 || args.columns == 0) return cudaSuccess;
   const int64_t slabs = slab_count(args);
-  if (slabs > 1 && !args.workspace) return cudaErrorInvalidValue;
+  if ((slabs > 1 && !args.workspace) || (args.sums && args.x_dtype == DType::f32)) return cudaErrorInvalidValue;
   const unsigned blocks = static_cast<unsigned>(block_tiles(args) * slabs);
   dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -180,7 +215,7 @@ cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream) {
   });
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || slabs == 1) return error;
-  const unsigned sums = static_cast<unsigned>(ceil_div(args.rank * args.columns, kPartThreads));
+  const unsigned sums = static_cast<unsigned>(ceil_div(grad_outputs(args), kPartThreads));
   low_rank_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, slabs);
   return cudaGetLastError();
 }

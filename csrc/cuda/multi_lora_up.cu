@@ -13,8 +13,9 @@ namespace peftkern {
 
 constexpr int kUpRows = static_cast<int>(kRowTile);
 
+// At least 3 blocks: else ptxas aims at 4 on sm_120, and spills.
 template <class T>
-__global__ void __launch_bounds__(kUpThreads) multi_lora_up_kernel(MultiLoraUp args) {
+__global__ void __launch_bounds__(kUpThreads, 3) multi_lora_up_kernel(MultiLoraUp args) {
   __shared__ UpTile<kUpRows> tile;
 
   const int64_t column_tiles = (args.columns + kUpColumns - 1) / kUpColumns;

@@ -9,6 +9,11 @@ namespace peftkern {
 constexpr int kPartThreads = 256;
 constexpr int64_t kPartBlocks = 256;  // about two blocks for each multiprocessor of the largest GPUs
 
+// One for each thread of the grid.
+__device__ __forceinline__ int64_t part_element() {
+  return static_cast<int64_t>(blockIdx.x) * kPartThreads + threadIdx.x;
+}
+
 // How many parts give enough blocks, where `tiles` blocks do for one part, and there are at most max_parts. A function
 // of the shape alone, as is then the order of the sum.
 inline int64_t part_count(int64_t tiles, int64_t max_parts) {
@@ -16,10 +21,9 @@ inline int64_t part_count(int64_t tiles, int64_t max_parts) {
   return wanted < 1 || max_parts < 1 ? 1 : wanted < max_parts ? wanted : max_parts;
 }
 
-// out[i] = scale * sum over p of workspace[p][i]: one i for each thread of the grid.
-__device__ __forceinline__ void sum_parts(const float* workspace, int64_t parts, int64_t n, float scale, void* out,
-                                          DType dtype) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPartThreads + threadIdx.x;
+// out[i] = scale * sum over p of workspace[p][i], for one i; nothing past the last one.
+__device__ __forceinline__ void sum_parts(int64_t i, const float* workspace, int64_t parts, int64_t n, float scale,
+                                          void* out, DType dtype) {
   if (i >= n) return;
   float total = 0.0f;
 #pragma unroll 8

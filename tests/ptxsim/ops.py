@@ -108,20 +108,21 @@ class LowRankGrad(ctypes.Structure):
     _fields_ = [
         ("u", c_void_p), ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("columns", c_int64),
         ("rank", c_int64), ("alpha", c_float), ("dropout", Dropout), ("grad", c_void_p), ("grad_dtype", c_int32),
-        ("rank_major", c_bool), ("workspace", c_void_p),
+        ("rank_major", c_bool), ("workspace", c_void_p), ("sums", c_void_p),
     ]  # fmt: skip
 
     def workspace_size(self) -> int:
         """low_rank_grad_workspace: 128 columns and up to 32 ranks a block, 256 rows at least."""
         ranks = 16 if self.rank <= 16 else 32
         slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128), self.rows // 256)
-        return slabs * self.rank * self.columns if slabs > 1 else 0
+        return slabs * (self.rank + bool(self.sums)) * self.columns if slabs > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
         yield Operand("u", self.rows * self.rank * 4, READ)
         yield Operand("x", self.rows * self.columns * size_of(self.x_dtype), READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("grad", self.columns * self.rank * size_of(self.grad_dtype), WRITE)
+        yield Operand("sums", self.columns * 4, WRITE)
         yield Operand("workspace", self.workspace_size() * 4, WRITE)
 
 

@@ -153,13 +153,14 @@ def _low_rank_up(
     return problem
 
 
-def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0, misaligned=0) -> Problem:
+def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0, sums=False, misaligned=0) -> Problem:
     problem, alpha = Problem(), 1.5
     values, u = random(rows, columns, dtype=x), random(rows, rank)
     problem.args = LowRankGrad(
         u=problem.place("u", u, misaligned), x=problem.place("x", values, misaligned), x_dtype=x, rows=rows,
         columns=columns, rank=rank, alpha=alpha, dropout=dropout_argument(problem, p),
         grad=problem.reserve("grad", rank * columns, TORCH_DTYPE[grad]), grad_dtype=grad, rank_major=rank_major,
+        sums=problem.reserve("sums", columns) if sums else None,
     )  # fmt: skip
     problem.reserve_workspace()
 
@@ -168,6 +169,9 @@ def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0,
         expected, magnitude = alpha * left @ dropped, alpha * left.abs() @ dropped.abs()
         got = problem.result("grad", TORCH_DTYPE[grad], *((rank, columns) if rank_major else (columns, rank)))
         assert_sums(got if rank_major else got.T, expected, magnitude, "low_rank_grad")
+        if sums:
+            kept = dropped / problem.args.dropout.scale
+            assert_sums(problem.result("sums"), kept.sum(0), kept.abs().sum(0), "low_rank_grad, sums")
 
     problem.check = check
     return problem
@@ -331,6 +335,10 @@ def _low_rank_cases():
         yield case("low_rank_up", rows=40, columns=192, rank=16, y=a, factor=b, rank_major=rank_major, p=0.1)
         for rank in (8, 16):
             yield case("low_rank_grad", rows=70, columns=64, rank=rank, x=a, grad=b, rank_major=rank_major, p=0.1)
+    # the sums of the columns ride along: one slab and several, no rows, ragged columns
+    for rows, columns, x in ((70, 64, F16), (600, 136, BF16), (520, 133, F16), (0, 40, BF16)):
+        for rank in (8, 40):
+            yield case("low_rank_grad", rows=rows, columns=columns, rank=rank, x=x, p=0.1 * (rank == 8), sums=True)
     for op, dtype in (("low_rank_down", "x"), ("low_rank_up", "y"), ("low_rank_grad", "x")):
         # pointers that are not 16-byte aligned, with sizes that are
         yield case(op, rows=35, columns=80, rank=12, **{dtype: BF16}, p=0.2, misaligned=1)

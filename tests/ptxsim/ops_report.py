@@ -32,7 +32,8 @@ OPERANDS = {
     },
     "low_rank_grad": {
         "x": "x[i][half].load(", "u": "args.u[row * args.rank", "grad": "store_as(args.grad",
-        "grad ": "workspace[index]", "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
+        "sums": "[first_column + c] = total", "sums ": "slab_sums(args, slabs, 0)", "grad ": "workspace[index]",
+        "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
     },
     "nf4_gradient": {
         "q": "copy_async(stage + q_target_", "packed": "copy_async(stage + packed_target_",
@@ -52,7 +53,7 @@ OPERANDS = {
         "workspace": "part.first[i * part.stride]",
     },
     "quantize_absmax": {
-        "absmax, for the mean": "args.absmax[i]", "absmax": "load_chunk(args.absmax", "codes": "args.codes[index",
+        "absmax, for the mean": "args.absmax[i]", "absmax": "load_quad(args.absmax", "codes": "(codes) = word",
         "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset", "table": "kDynamicTable[",
     },
     "dequantize_absmax": {"table": "kDynamicTable[", "all four": "args.absmax[i] ="},
@@ -93,6 +94,10 @@ def _rows() -> list[Row]:
         Row(case("low_rank_up", **up, rank=32, y=F32, **plain), "256 x 2048 f32, rank 32"),
         Row(case("low_rank_grad", **grad, rank=8, x=BF16, p=0.1), "2048 x 256 bf16, rank 8, dropout"),
         Row(case("low_rank_grad", **grad, rank=16, x=BF16), "2048 x 256 bf16, rank 16"),
+        Row(
+            case("low_rank_grad", **grad, rank=16, x=BF16, rank_major=False, sums=True),
+            "2048 x 256 bf16, rank 16, column-major, with sums",
+        ),
         Row(case("low_rank_grad", **grad, rank=16, x=F32, rank_major=False), "2048 x 256 f32, rank 16, column-major"),
         Row(case("low_rank_grad", **up, rank=16, x=BF16), "256 x 2048 bf16, rank 16"),
         Row(
