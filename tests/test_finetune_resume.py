@@ -14,6 +14,8 @@ from finetune_runs import completion_rows, interrupt_at, losses, options, text_r
 import peftkern
 from peftkern.finetune import FinetuneError, Interrupted, Options, files, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --------------------------------------------------------------------------------------------- checkpoints, resume
 
 

@@ -24,6 +24,8 @@ from peftkern.finetune import model as finetune_model
 from peftkern.finetune import report as finetune_report
 from peftkern.finetune import train as finetune_train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ----------------------------------------------------------------------------------------------------------- runs
 
 ROWS = {"text": text_rows, "completion": completion_rows, "chat": chat_rows}

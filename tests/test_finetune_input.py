@@ -14,6 +14,8 @@ from peftkern.finetune import FinetuneError, Options, data, run
 from peftkern.finetune import cli as finetune_cli
 from peftkern.finetune import model as finetune_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
