@@ -182,10 +182,10 @@ def test_same_layers_as_peft(case):
 
 
 def test_default_targets_are_refused_where_there_are_none(monkeypatch):
+    peft = pytest.importorskip("peft")
     config = peftkern.LoraConfig(target_modules=None)
     with pytest.raises(ValueError, match="HF PEFT's choice for the type of the model, and it has none for None"):
         peftkern.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
-    peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="specify `target_modules`"):
         peft.get_peft_model(phi3(), peft.LoraConfig())
     with pytest.raises(ValueError, match="and it has none for 'phi3'"):

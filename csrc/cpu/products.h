@@ -123,11 +123,12 @@ Tensor few_rows_mixed(const CpuBackend& backend, const ForwardProduct& p, const 
 
 // With a LoRA term of 16 float32 ranks, 2 cores of a Zen 4, times as fast as the next way: bf16 1.6 to 2.0 for 1 to 8
 // rows of 576 x 576 and 1.3 to 3.0 of 4096 x 4096, 1.1 to 1.7 for 16 and 0.9 to 1.2 for 32; fp32 (oneDNN) 1.0 to 2.0
-// for up to 8, 0.9 for 16; fp16 0.9 to 1.6 for 1, 1.6 to 3.0 for 4 to 32. Beyond 8 rows autotune decides.
+// for up to 8, 0.9 for 16; fp16 0.9 to 1.6 for 1, 1.6 to 3.0 for 4 to 32. Beyond 8 rows autotune decides. Not with lam:
+// its sums go through ranks lane by lane, and a rank whose lam is 0 has to leave without changing a bit.
 inline bool few_rows_accept(const ForwardProduct& p) {
   const Terms& t = p.terms;
   return !t.absmax && t.weight.scalar_type() == p.x.scalar_type() && p.rows() > 0 && p.rows() <= kMostFewRows &&
-         t.in > 0 && t.out > 0 && !t.out_scale && !p.z;
+         t.in > 0 && t.out > 0 && !t.out_scale && !t.lam && !p.z;
 }
 
 inline Tensor onednn_base(const CpuBackend& backend, const ForwardProduct& p, const OptionalTensor& bias) {
