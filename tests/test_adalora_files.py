@@ -97,7 +97,7 @@ def test_a_layer_without_any_rank_survives_the_files(tmp_path):
     model[0].lora_E.data.zero_()
     peftkern.prune_ranks(model, optimizer)
     assert model[0].r == 0
-    x = torch.randn(3, 24)
+    x = torch.randn(9, 24)  # of fewer rows the product is made another way without lam
     loaded = peftkern.load_adapter(mlp(), peftkern.save_adapter(model, tmp_path))
     assert loaded[0].r == 0 and torch.equal(loaded.eval()(x), model.eval()(x))
     loaded[0].merge()
