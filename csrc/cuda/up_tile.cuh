@@ -22,6 +22,9 @@ struct UpTile {
   static constexpr int kThreadRows = kRows / kUpRowGroups;
   using Sums = float[kThreadRows][kChunk];
 
+  static constexpr int kUpQuads = kUpRanks / kQuad;
+  static_assert(kRows * kUpQuads <= kUpThreads, "a thread brings one quad of u");
+
   alignas(16) float u[kRows][kUpRanks];  // a warp reads two rows at a time, which are broadcast
   SwizzledTile<kUpRanks, kUpColumns> factor;
 
@@ -31,9 +34,7 @@ struct UpTile {
                                            const Factor& source, int64_t columns, int64_t first_column, Sums& sum) {
     const bool u_aligned = quads_aligned<float>(from, u_stride * sizeof(float));
     for (int64_t first_rank = 0; first_rank < rank; first_rank += kUpRanks) {
-#pragma unroll
-      for (int i = threadIdx.x; i < kRows * (kUpRanks / kQuad); i += kUpThreads) {
-        const int r = i / (kUpRanks / kQuad), quad = i % (kUpRanks / kQuad);
+      if (const int r = threadIdx.x / kUpQuads, quad = threadIdx.x % kUpQuads; r < kRows) {
         const int64_t at = first_rank + quad * kQuad;
         float v[kQuad];
         load_quad(from + r * u_stride + at, r < rows ? rank - at : 0, u_aligned, v);
@@ -45,7 +46,7 @@ struct UpTile {
       chunk.store(source.rank_major, factor);
       __syncthreads();
 #pragma unroll
-      for (int quad = 0; quad < kUpRanks / kQuad; ++quad) {
+      for (int quad = 0; quad < kUpQuads; ++quad) {
         float v[kThreadRows][kQuad];
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
