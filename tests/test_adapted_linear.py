@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """adapted_linear against the fp64 reference: values, gradients, finite differences, layouts, repeatability, errors."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import assert_close
@@ -303,10 +305,11 @@ def test_products_of_tiles(rows, fan_in, fan_out, x_dtype, isa, threads):
 
 
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("fan_in, fan_out", [(64, 3), (192, 51), (1088, 131)])
+@pytest.mark.parametrize("fan_in, fan_out", [(64, 3), (192, 51), (1088, 131), (33344, 4)])
 def test_products_of_few_rows(fan_in, fan_out, x_dtype, isa, threads):
     """The same bits for any number of threads, which is any split of the columns, and the reference's values: every
-    height of a panel, whole and half runs of 128 weights, one block with values that are subnormal in bfloat16."""
+    height of a panel, several panels, whole and half runs of 128 weights, more runs than tables are kept of, one block
+    with values that are subnormal in bfloat16."""
     ops.set_product("forward", "nf4_few_rows")
     q = peftkern.quantize_nf4(torch.randn(fan_out, fan_in), 64)
     q.float_absmax()[fan_out // 2] = 1e-38
@@ -333,11 +336,11 @@ def test_looked_up_weights_are_the_dequantized_ones(way, absmax, block_size, isa
         pytest.skip("scalar makes no products of tiles")
     ops.set_product("forward", way)
     q = peftkern.quantize_nf4(torch.randn(7, 4096).clamp(-1, 1) * absmax, block_size)
-    for dtype in (F32, BF16):
+    for dtype, rows in itertools.product((F32, BF16), (8, 16)):  # one panel, and two with the same tables
         weight = peftkern.dequantize_nf4(q, dtype)
-        x = torch.zeros(8, 4096, dtype=dtype)
-        columns = torch.arange(8) * 500 + 3
-        x[torch.arange(8), columns] = 2.0 if absmax == 1.0 else 2.0**20
+        x = torch.zeros(rows, 4096, dtype=dtype)
+        columns = torch.arange(rows) * 250 + 3
+        x[torch.arange(rows), columns] = 2.0 if absmax == 1.0 else 2.0**20
         y = peftkern.nf4_linear(x, q)
         expected = weight.T[columns].double() * x.max().double()
         assert torch.equal(y.double(), expected), dtype

@@ -31,7 +31,7 @@ constexpr int64_t kStreamBytes = 16 << 20;
 // A product made of tiles: x is packed first, in panels of rows, then columns of y in whole units, each unit by one
 // thread.
 struct Nf4Tiles {
-  int64_t from_rows;  // on which it beats nf4_few_rows
+  int64_t (*from_rows)(int64_t in);  // how many the product y = x W^T has where this beats nf4_few_rows
   int64_t (*panels)(const Nf4Product&);
   size_t (*packed_bytes)(const Nf4Product&);
   size_t (*scratch_bytes)(const Nf4Product&);  // of a thread

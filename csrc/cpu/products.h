@@ -59,12 +59,12 @@ inline bool tiles_pay(const Tensor& x) {
 
 // Up to so many rows nf4_few_rows can. Without tiles, where the library is the alternative, it pays up to 8: 2.3
 // against 3.0 ms for 8 rows of 4096 x 4096, 3.4 against 2.7 for 12 (Xeon).
-inline constexpr int64_t kMostFewRows = 32;
+inline constexpr int64_t kMostFewNf4Rows = 80;
 inline int64_t few_rows(const ForwardProduct& p) {
   constexpr int64_t kWithoutRuns = 8;
   const auto& tiles = cpu::kernels().nf4_forward;
   if (!tiles_accept(p, p.x, tiles) || !tiles_pay(p.x) || p.terms.block_size < 64) return kWithoutRuns;
-  return tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows - 1;
+  return tiles[static_cast<int>(dtype_of(p.x, "x"))]->from_rows(p.terms.in) - 1;
 }
 
 // A row's u [rank] and B [out, ld] and its scale; the first rank of each ld elements count.
@@ -126,8 +126,9 @@ Tensor few_rows_mixed(const CpuBackend& backend, const ForwardProduct& p, const 
 // for up to 8, 0.9 for 16; fp16 0.9 to 1.6 for 1, 1.6 to 3.0 for 4 to 32. Beyond 8 rows autotune decides. Not with lam:
 // its sums go through ranks lane by lane, and a rank whose lam is 0 has to leave without changing a bit.
 inline bool few_rows_accept(const ForwardProduct& p) {
+  constexpr int64_t kMostRows = 32;
   const Terms& t = p.terms;
-  return !t.absmax && t.weight.scalar_type() == p.x.scalar_type() && p.rows() > 0 && p.rows() <= kMostFewRows &&
+  return !t.absmax && t.weight.scalar_type() == p.x.scalar_type() && p.rows() > 0 && p.rows() <= kMostRows &&
          t.in > 0 && t.out > 0 && !t.out_scale && !t.lam && !p.z;
 }
 
@@ -185,7 +186,7 @@ inline constexpr Way<CpuBackend, ForwardProduct> kCpuForward[] = {
     {"nf4_few_rows",
      [](const ForwardProduct& p) {
        const Terms& t = p.terms;
-       return t.absmax && p.rows() > 0 && p.rows() <= kMostFewRows && t.in > 0 && t.in % t.block_size == 0;
+       return t.absmax && p.rows() > 0 && p.rows() <= kMostFewNf4Rows && t.in > 0 && t.in % t.block_size == 0;
      },
      [](const CpuBackend& backend, const ForwardProduct& p) { return with_low_rank(backend, p, few_rows_base); },
      [](const ForwardProduct& p) { return p.rows() <= few_rows(p); }},

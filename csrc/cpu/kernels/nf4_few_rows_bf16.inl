@@ -30,11 +30,16 @@ void pack_few_rows_bf16(const Nf4Product& a, float* packed_x) {
       }
 }
 
-// The lanes of each of kCount <= 8 vectors added up, in one order whatever kCount is. Vectors are halved in pairs: 3
-// instructions a vector instead of 10.
+// The lanes of each of kCount <= 8 vectors added up, in one order whatever kCount is: the sum of v[i] is lane
+// kSumLane[log2 kSumSlots][i] of what is returned. Vectors are halved in pairs: 3 instructions a vector, not 10.
 template <int kCount>
-inline __attribute__((always_inline)) void lane_sums(const F32 (&v)[kCount], float (&sums)[kCount]) {
-  constexpr int kSlots = kCount > 4 ? 8 : kCount > 2 ? 4 : kCount;
+constexpr int kSumSlots = kCount > 4   ? 8
+                          : kCount > 2 ? 4
+                                       : kCount;
+constexpr int kSumLane[4][8] = {{0}, {0, 8}, {0, 8, 4, 12}, {0, 2, 8, 10, 4, 6, 12, 14}};
+template <int kCount>
+inline __attribute__((always_inline)) F32 lane_sums(const F32 (&v)[kCount]) {
+  constexpr int kSlots = kSumSlots<kCount>;
   __m512 half[kSlots], quarter[kSlots], eighth;  // half, then a quarter ... of a vector for each v
   const auto at = [&](int i) { return i < kCount ? v[i].v : _mm512_setzero_ps(); };
   const auto added = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
@@ -56,40 +61,59 @@ inline __attribute__((always_inline)) void lane_sums(const F32 (&v)[kCount], flo
   }
   const __m512 a = quarter[0], b = quarter[kSlots == 8 ? 1 : 0];
   eighth = added(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  float lanes[kWidth];
-  _mm512_storeu_ps(lanes, added(eighth, _mm512_shuffle_ps(eighth, eighth, 0xb1)));
-  constexpr int kLane[4][8] = {{0}, {0, 8}, {0, 8, 4, 12}, {0, 2, 8, 10, 4, 6, 12, 14}};
-  for (int i = 0; i < kCount; ++i) sums[i] = lanes[kLane[__builtin_ctz(kSlots)][i]];
+  return {added(eighth, _mm512_shuffle_ps(eighth, eighth, 0xb1))};
 }
 
-// Columns column, column + stride, ... of a panel of x. They are far apart, each a stream of its own: the next column
-// of a stream follows in memory, and the prefetcher runs on.
-template <int kRows, int kColumns, bool kNormal = true>
-void few_rows_bf16(const Nf4Product& a, const bf16_t* x, int64_t row, int64_t column, int64_t stride) {
-  const int shift = __builtin_ctzll(static_cast<uint64_t>(a.block_size));
-  const int64_t blocks = a.in >> shift;  // of a column
-  const float* absmax = a.absmax + column * blocks;
-  if constexpr (kNormal) {  // not in the loop: a call there would take every sum out of its register
-    bool normal = true;
-    for (int c = 0; c < kColumns; ++c) normal &= normal_blocks(absmax + c * stride * blocks, blocks);
-    if (!normal) {
-      for (int c = 0; c < kColumns; ++c) few_rows_bf16<kRows, 1, false>(a, x, row, column + c * stride, 1);
-      return;
-    }
+// Columns first, first + stride, ...: far apart, each a stream of its own, so that the next column of a stream follows
+// in memory, and the prefetcher runs on.
+struct FewColumns {
+  int64_t first, stride;
+};
+
+// The table of the n weights from k on of a column of the group: made where it is used ...
+template <bool kNormal>
+struct MadeTable {
+  const float* absmax;  // of the first column
+  int64_t column_blocks;
+  int shift;  // k >> shift: its block
+
+  MadeTable(const Nf4Product& a, FewColumns columns) : shift(__builtin_ctzll(static_cast<uint64_t>(a.block_size))) {
+    absmax = a.absmax + columns.first * (a.in >> shift);
+    column_blocks = columns.stride * (a.in >> shift);
   }
+  __m512i operator()(int column, int64_t k, int64_t n) const {
+    const float* scale = absmax + column * column_blocks;
+    return run_table<kNormal>(scale[k >> shift], scale[(k + n - 64) >> shift]);
+  }
+};
+
+// ... or beforehand, for all panels of x. The two products and the rounding of a table share their ports with the dot
+// products: 5 cycles of the 41 that 8 rows take for 64 bytes.
+template <int kColumns>
+struct StoredTable {
+  __m512i* tables;  // [runs, kColumns]
+
+  void fill(const MadeTable<true>& made, int64_t in) const {
+    for (int64_t k = 0; k < in; k += kRun)
+      for (int c = 0; c < kColumns; ++c) tables[k / kRun * kColumns + c] = made(c, k, smaller(kRun, in - k));
+  }
+  __m512i operator()(int column, int64_t k, int64_t) const { return tables[k / kRun * kColumns + column]; }
+};
+
+// kColumns columns of a panel of x.
+template <int kRows, int kColumns, class Table>
+void few_rows_bf16(const Nf4Product& a, const bf16_t* x, int64_t row, FewColumns columns, Table table) {
   F32 sum[kColumns][kRows];
   for (int c = 0; c < kColumns; ++c)
     for (int i = 0; i < kRows; ++i) sum[c][i] = zero();
-  const uint8_t* packed = a.packed + column * a.in / 2;
+  const uint8_t* packed = a.packed + columns.first * a.in / 2;
   const auto add_run = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    const int64_t block = k >> shift, second_block = (k + n - 64) >> shift;
     __m512i words[kColumns], tables[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      const uint8_t* at = packed + c * stride * a.in / 2;
-      const float* scale = absmax + c * stride * blocks;
+      const uint8_t* at = packed + c * columns.stride * a.in / 2;
       __builtin_prefetch(at + kStreamAhead);
       words[c] = run_words(at, n);
-      tables[c] = run_table<kNormal>(scale[block], scale[second_block]);
+      tables[c] = table(c, k, n);
     }
     for_each_shift([&](auto s) __attribute__((always_inline)) {
       __m512bh w[kColumns];
@@ -107,31 +131,58 @@ void few_rows_bf16(const Nf4Product& a, const bf16_t* x, int64_t row, int64_t co
   if (k < a.in) add_run(k, kRun / 2);
 
   for (int c = 0; c < kColumns; ++c) {
-    float values[kRows];
-    lane_sums(sum[c], values);
-    const int64_t n = column + c * stride;
-    const float bias = a.bias ? a.bias[n] : 0.0f;
+    const int64_t n = columns.first + c * columns.stride;
+    alignas(32) bf16_t lanes[kWidth];
+    store(lanes, add(lane_sums(sum[c]), set1(a.bias ? a.bias[n] : 0.0f)));
     bf16_t* y = static_cast<bf16_t*>(a.y) + row * a.out + n;
-    for (int i = 0; i < kRows; ++i) y[i * a.out] = from_float<bf16_t>(values[i] + bias);
+    for (int i = 0; i < kRows; ++i) y[i * a.out] = lanes[kSumLane[__builtin_ctz(kSumSlots<kRows>)][i]];
   }
 }
 
+// The panels of kRows rows from `row` on, a group of columns at a time, whose bytes come from memory once.
+template <int kRows, int kColumns>
+void few_rows_panels_bf16(int64_t panels, const Nf4Product& a, const bf16_t* x, int64_t row, FewColumns columns) {
+  constexpr int64_t kStoredRuns = kRows == kFewPanel ? 256 : 1;  // 48 KiB of stack; longer rows make their tables
+  alignas(64) __m512i stored[kStoredRuns * kColumns];
+  const int64_t runs = ceil_div(a.in, kRun), blocks = a.in / a.block_size;
+  const bool store_tables = panels > 1 && runs <= kStoredRuns;
+  bool normal = true;
+  for (int c = 0; c < kColumns; ++c)
+    normal &= normal_blocks(a.absmax + (columns.first + c * columns.stride) * blocks, blocks);
+  const MadeTable<true> made(a, columns);
+  if (normal && store_tables) StoredTable<kColumns>{stored}.fill(made, a.in);
+  for (int64_t p = 0; p < panels; ++p, x += kRows * runs * kRun, row += kRows) {
+    if (!normal) {
+      for (int c = 0; c < kColumns; ++c) {
+        const FewColumns one{columns.first + c * columns.stride, 0};
+        few_rows_bf16<kRows, 1>(a, x, row, one, MadeTable<false>(a, one));
+      }
+    } else if (store_tables) {
+      few_rows_bf16<kRows, kColumns>(a, x, row, columns, StoredTable<kColumns>{stored});
+    } else {
+      few_rows_bf16<kRows, kColumns>(a, x, row, columns, made);
+    }
+  }
+}
+
+// `panels` panels of `rows` rows each.
 template <int kRows = kFewPanel>
-inline void few_rows_panel_bf16(int64_t rows, const Nf4Product& a, const bf16_t* x, int64_t row, int64_t column0,
-                                int64_t column1) {
+void few_rows_bf16(int64_t panels, int64_t rows, const Nf4Product& a, const bf16_t* x, int64_t row, int64_t column0,
+                   int64_t column1) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return few_rows_panel_bf16<kRows - 1>(rows, a, x, row, column0, column1);
+    if (rows < kRows) return few_rows_bf16<kRows - 1>(panels, rows, a, x, row, column0, column1);
   }
   constexpr int kColumns = kFewColumns<kRows>;
-  const int64_t stride = (column1 - column0) / kColumns;
-  for (int64_t c = column0; c < column0 + stride; ++c) few_rows_bf16<kRows, kColumns>(a, x, row, c, stride);
-  for (int64_t c = column0 + stride * kColumns; c < column1; ++c) few_rows_bf16<kRows, 1>(a, x, row, c, 1);
+  const int64_t stride = (column1 - column0) / kColumns, rest = column0 + stride * kColumns;
+  for (int64_t c = column0; c < column0 + stride; ++c)
+    few_rows_panels_bf16<kRows, kColumns>(panels, a, x, row, {c, stride});
+  for (int64_t c = rest; c < column1; ++c) few_rows_panels_bf16<kRows, 1>(panels, a, x, row, {c, 0});
 }
 
 void nf4_few_rows_bf16(const Nf4Product& a, const float* packed_x, int64_t column0, int64_t column1) {
   if (!few_rows_in_bf16(a)) return nf4_few_rows(a, packed_x, column0, column1);
   const bf16_t* x = reinterpret_cast<const bf16_t*>(packed_x);
-  const int64_t padded = ceil_div(a.in, kRun) * kRun;
-  for (int64_t row = 0; row < a.rows; row += kFewPanel)
-    few_rows_panel_bf16(smaller(kFewPanel, a.rows - row), a, x + row * padded, row, column0, column1);
+  const int64_t panels = a.rows / kFewPanel, row = panels * kFewPanel;
+  if (panels > 0) few_rows_bf16(panels, kFewPanel, a, x, 0, column0, column1);
+  if (row < a.rows) few_rows_bf16(1, a.rows - row, a, x + row * ceil_div(a.in, kRun) * kRun, row, column0, column1);
 }

@@ -20,12 +20,12 @@ template <class T>
 struct FmaDot {
   using Element = T;
   using Table = CodeValues<T>;
-  static constexpr int64_t kFromRows = 9;  // of which tiles beat nf4_few_rows
-  static constexpr bool kRuns = false;     // pack_runs and dequantize_runs (nf4_tiles_bf16.inl)
+  static constexpr bool kRuns = false;  // pack_runs and dequantize_runs (nf4_tiles_bf16.inl)
   static constexpr int kPerUnit = 1;
   static constexpr int kParts = 2;  // vectors of units that 2 * kWidth weights of a row make; lane i of part p: unit
                                     // i * kParts + p
 
+  static int64_t from_rows(int64_t) { return 9; }
   static F32 dot(F32 x, F32 w, F32 sum) { return fma(x, w, sum); }
   static F32 units(const T* p, int64_t n) { return n >= kWidth ? load(p) : load_first(p, n); }  // n elements, then 0
   static void lookup(const Table& table, const uint8_t* packed, F32 (&parts)[kParts]) {
@@ -232,9 +232,12 @@ struct Tiles {
 };
 
 template <class Dot, bool kGradient>
-constexpr Nf4Tiles kTiles{kGradient ? 1 : Dot::kFromRows,      Tiles<Dot, kGradient>::panels,
-                          Tiles<Dot, kGradient>::packed_bytes, Tiles<Dot, kGradient>::scratch_bytes,
-                          Tiles<Dot, kGradient>::pack,         Tiles<Dot, kGradient>::column_range};
+constexpr Nf4Tiles kTiles{Dot::from_rows,
+                          Tiles<Dot, kGradient>::panels,
+                          Tiles<Dot, kGradient>::packed_bytes,
+                          Tiles<Dot, kGradient>::scratch_bytes,
+                          Tiles<Dot, kGradient>::pack,
+                          Tiles<Dot, kGradient>::column_range};
 
 // Fills the rows of the table that products with fp32 units make.
 constexpr void add_tiles(KernelTable& table) {
