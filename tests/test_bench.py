@@ -3,6 +3,7 @@
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -62,7 +63,21 @@ def test_measure_takes_turns_and_alternates():
     assert {t.readings for t in timings.values()} == {4}
     firsts = re.findall("[ab]", re.sub(r"(.)\1*", r"\1", "".join(order)))
     assert firsts[:2] == ["a", "b"] and {"a", "b"} == set(order)
-    assert order.count("a") == order.count("b")
+
+
+def test_readings_of_short_and_long_calls_last_alike():
+    count = dict.fromkeys(("short", "long"), 0)
+
+    def call(name, seconds):
+        def work(turn):
+            count[name] += 1
+            time.sleep(seconds)
+
+        return work
+
+    timings = measure({"short": call("short", 0.002), "long": call("long", 0.02)}, seconds=0.0, rounds=(3, 3))
+    assert count["long"] == 2 + 3 and 2 + 3 * 3 <= count["short"] <= 2 + 3 * 5
+    assert 0.002 <= timings["short"].p50 < 0.015 < timings["long"].p50
 
 
 def test_measure_knows_twice_the_work():

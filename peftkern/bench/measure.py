@@ -20,10 +20,10 @@ import torch
 Call = Callable[[int], object]
 """Does the work once; the argument is the turn, by which cold cases choose their buffers."""
 
-SHORTEST = 2e-3
-"""Seconds: calls are repeated within one reading of the clock until the fastest takes this long. A provider starts with
-caches full of the one before it, whose changed lines are written back meanwhile and whose code is not ours: 0.15 ms of a
-decode of 0.3, which the layers of a model pay once. Cold cases take other buffers for each call."""
+SHORTEST = 1e-2
+"""Seconds of a reading of the clock: a call is repeated until it takes so long. A provider starts with caches full of the
+one before it, whose changed lines are written back meanwhile: 0.15 ms of a decode of 0.3, 0.4 of a product of 6, which a
+model of many layers does not pay for each. Cold cases take another buffer for every call."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,12 @@ def measure(
 
     for call in calls.values():  # the first call allocates, compiles and decides
         reading(call, 0, 1)
-    fastest = min(reading(call, 1, 1) for call in calls.values())
-    repeats = max(1, math.ceil(SHORTEST / fastest))
+    repeats = {name: max(1, math.ceil(SHORTEST / reading(call, 1, 1))) for name, call in calls.items()}
     readings: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for i in range(rounds[1]):
         for name in list(calls) if i % 2 else reversed(calls):
-            readings[name].append(reading(calls[name], i, repeats))
+            readings[name].append(reading(calls[name], i, repeats[name]))
         if i + 1 >= rounds[0] and time.perf_counter() - start > seconds:
             break
     return {name: _quantiles(values) for name, values in readings.items()}
