@@ -27,7 +27,7 @@ OPERANDS = {
     },
     "multi_lora_down": {
         "x": "x[group][i].load(", "factors": "share.load(source", "out": "store_as(out, dtype",
-        "out ": "out[entry * args.rank", "out  ": "workspace[part * n", "plan": "groups.order[",
+        "out ": "out[row * args.rank", "out  ": "workspace[part * n", "plan": "groups.order[",
         "plan ": "groups.tiles[", "plan  ": "groups.offsets[",
     },
     "low_rank_up": {
