@@ -53,7 +53,8 @@ struct MultiLoraDown {
   const float* alphas;  // [adapters] or null: then alpha for all
   float alpha;
   Dropout dropout;
-  float* out;  // [groups.rows, rank], sorted as the entries
+  float* out;                  // [groups.rows, rank], sorted as the entries
+  float* workspace = nullptr;  // CUDA alone: [multi_lora_down_workspace(...)]
 };
 
 // y[order[e]] += alpha_a * mask(u[e] F_a) for every entry e of adapter a        y0 + s * h B^T  and  q W + mask * (dh

@@ -72,7 +72,9 @@ class CudaBackend {
   void multi_lora_plan(const MultiLoraPlan& args) const {
     check(launch_multi_lora_plan(args, stream_), "multi_lora_plan");
   }
-  void multi_lora_down(const MultiLoraDown& args) const {
+  void multi_lora_down(MultiLoraDown args) const {
+    const Tensor workspace = floats(multi_lora_down_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     check(launch_multi_lora_down(args, stream_), "multi_lora_down");
   }
   void multi_lora_up(const MultiLoraUp& args) const { check(launch_multi_lora_up(args, stream_), "multi_lora_up"); }

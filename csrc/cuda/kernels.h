@@ -15,9 +15,10 @@
 
 namespace peftkern {
 
-// Floats that the workspace of these two has to hold; none is needed where it is 0.
+// Floats that the workspace of these has to hold; none is needed where it is 0.
 int64_t low_rank_down_workspace(const LowRankDown& args);
 int64_t low_rank_grad_workspace(const LowRankGrad& args);
+int64_t multi_lora_down_workspace(const MultiLoraDown& args);
 
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);

@@ -22,15 +22,30 @@ __device__ __forceinline__ Factor factor_of(const FactorBank& bank, int64_t adap
   return {static_cast<const char*>(bank.data) + bytes, bank.dtype, bank.rank_major};
 }
 
-// Up to kRowTile entries of one adapter. adapter < 0: a tile more than there are, of those launched to be on the safe
-// side because only the device knows how many there are.
+// Blocks for a batch: one for each tile that it may have, none of which is empty. And how many may have work if blocks
+// take kRows entries.
+inline int64_t most_row_tiles(const RowGroups& groups, int64_t rows = kRowTile) {
+  const int64_t tiles = groups.rows / rows + groups.adapters + 1;
+  return tiles < groups.rows ? tiles : groups.rows;
+}
+
+// Up to kRows entries of one adapter: of kRows / kRowTile tiles the first block takes all. adapter < 0: nothing, as
+// another block has it, or for a tile more than there are, of those launched to be on the safe side because only the
+// device knows how many there are.
+template <int64_t kRows = kRowTile>
 struct RowTile {
+  static_assert(kRows % kRowTile == 0);
   int64_t adapter, first, last;
 
   __device__ __forceinline__ RowTile(const RowGroups& groups, int64_t tile) {
     adapter = groups.tiles[2 * tile];
-    first = groups.tiles[2 * tile + 1];
-    last = adapter < 0 ? first : min(first + kRowTile, groups.offsets[adapter + 1]);
+    first = last = groups.tiles[2 * tile + 1];
+    if (adapter < 0) return;
+    if (kRows > kRowTile && (first - groups.offsets[adapter]) % kRows != 0) {
+      adapter = -1;
+    } else {
+      last = min(first + kRows, groups.offsets[adapter + 1]);
+    }
   }
 };
 

@@ -28,6 +28,8 @@ __device__ __forceinline__ Tf32Parts split_tf32(T v) {
   return {high, to_tf32(to_float(v) - __uint_as_float(high))};
 }
 
+constexpr int kTileRanks = 16;  // of a product: the low-rank kernels put ranks at the rows of a
+
 // sum [16, 8] += a [16, 8] b [8, 8] over a warp. Lane 4 g + t holds
 //   a: (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)       b: (t, g) (t + 4, g)
 //   sum: (g, 2 t) (g, 2 t + 1) (g + 8, 2 t) (g + 8, 2 t + 1)

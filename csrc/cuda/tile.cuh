@@ -6,28 +6,7 @@
 
 namespace peftkern {
 
-// Padding, in floats: a chunk of 8 takes 12, so the 16-byte accesses of 8 lanes at neighbouring chunks touch all 32
-// banks once; a row takes 4 more, so the same holds for 8 lanes at neighbouring rows (the row stride is 4 modulo 8).
-template <int kRows, int kColumns>
-struct Tile {
-  static_assert(kColumns % (2 * kChunk) == 0, "an odd number of chunks would make neighbouring rows share banks");
-  static constexpr int kChunkStride = kChunk + 4;
-  static constexpr int kRowStride = kColumns / kChunk * kChunkStride + 4;
-  alignas(16) float data[kRows * kRowStride];
-
-  __device__ float* chunk(int row, int chunk) { return data + row * kRowStride + chunk * kChunkStride; }
-  __device__ float& at(int row, int column) { return chunk(row, column / kChunk)[column % kChunk]; }
-  __device__ float4 quad(int row, int quad) {
-    return *reinterpret_cast<const float4*>(chunk(row, quad / 2) + quad % 2 * 4);
-  }
-  __device__ void set_chunk(int row, int index, const float (&v)[kChunk]) {
-    float4* target = reinterpret_cast<float4*>(chunk(row, index));
-    target[0] = make_float4(v[0], v[1], v[2], v[3]);
-    target[1] = make_float4(v[4], v[5], v[6], v[7]);
-  }
-};
-
-// The same without padding: quads trade places, so that no bank is asked twice by 8 lanes with neighbouring chunks of a
+// Without padding: quads trade places, so that no bank is asked twice by 8 lanes with neighbouring chunks of a
 // row, by lanes with 32 columns of a row, or with 16 columns of rows r and r + 8.
 template <int kRows, int kColumns>
 struct SwizzledTile {
@@ -71,8 +50,7 @@ struct FactorChunk {
     }
   }
 
-  template <template <int, int> class Tile>
-  __device__ __forceinline__ void store(bool rank_major, Tile<kRanks, kColumns>& tile) const {
+  __device__ __forceinline__ void store(bool rank_major, SwizzledTile<kRanks, kColumns>& tile) const {
     if (threadIdx.x >= kThreads) return;
     if (rank_major) {
       tile.set_chunk(rank_major_row(), rank_major_column() / kChunk, v);

@@ -24,8 +24,9 @@ from .problem import DTYPES, TORCH_DTYPE, Problem, assert_bits, assert_sums, dro
 
 
 def _index(rows: int, adapters: int, kind: str) -> torch.Tensor:
-    """random: -1 and what is out of range included; one, none: all rows alike; sorted."""
-    index = torch.randint(-1, adapters, (rows,))
+    """random: -1 and what is out of range included; one, none: all rows alike; sorted; all: no row without one; few:
+    five adapters alone."""
+    index = torch.randint(0 if kind in ("all", "few") else -1, 5 if kind == "few" else adapters, (rows,))
     if kind == "random":
         index[torch.rand(rows) < 0.05], index[torch.rand(rows) < 0.05] = adapters, -(2**50)
     elif kind == "one":
@@ -106,6 +107,7 @@ def _multi_lora_down(
         factors=argument, alphas=bank.pointers["alphas"], alpha=0.75, dropout=dropout_argument(problem, p),
         out=problem.reserve("out", rows * rank),
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped = drop(values, p)
@@ -211,11 +213,17 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
     # every pair of dtypes in both layouts and every width of a tile, where all accesses are vectors
     for a, b, rank_major in itertools.product(DTYPES, DTYPES, (False, True)):
         size = dict(rows=70, adapters=3, rank_major=rank_major, p=0.1)
-        for rank in (8, 16, 32):
-            yield "multi_lora_down", dict(columns=128, rank=rank, **size, x=a, factor=b)
+        for rank in (16, 32):
+            yield "multi_lora_down", dict(columns=256, rank=rank, **size, x=a, factor=b)
+            yield "multi_lora_grad", dict(columns=136, rank=rank, **size, x=a, grad=b)
         yield "multi_lora_up", dict(columns=136, rank=16, **size, y=a, factor=b)
-        for rank in (8, 16):
-            yield "multi_lora_grad", dict(columns=64, rank=rank, **size, x=a, grad=b)
+    for (i, dtype), rank in itertools.product(enumerate((F32, BF16)), (12, 24, 40)):
+        # blocks that share the columns; so many tiles that they do not; adapters with several stages of rows
+        yield "multi_lora_down", dict(rows=170, columns=600, rank=rank, adapters=3, x=dtype, p=0.2)
+        for kind in ("one", "few", "random")[i:]:
+            size = dict(rows=260, columns=600, rank=rank, adapters=250, kind=kind)
+            yield "multi_lora_down", dict(**size, x=dtype, factor=BF16, rank_major=bool(i), p=0.2 * i)
+        yield "multi_lora_grad", dict(rows=300, columns=40, rank=rank, adapters=2, x=dtype, kind="one", p=0.2)
     for op, dtype in (("multi_lora_down", "x"), ("multi_lora_up", "y"), ("multi_lora_grad", "x")):
         # pointers that are not 16-byte aligned, with sizes that are
         yield op, dict(rows=45, columns=80, rank=12, adapters=3, **{dtype: BF16}, p=0.2, misaligned=1)
@@ -229,8 +237,8 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
 def multi_scheduled() -> Iterator[tuple[str, dict]]:
     yield "multi_lora_plan", dict(rows=300, adapters=5)
     size = dict(rows=70, columns=136, adapters=3, p=0.1)
-    for rank in (8, 16, 40):
-        yield "multi_lora_down", dict(**size, rank=rank, x=BF16)
+    for rank, columns in ((16, 136), (8, 300), (40, 136)):
+        yield "multi_lora_down", dict(**size | {"columns": columns}, rank=rank, x=BF16)
     yield "multi_lora_up", dict(**size, rank=20, y=BF16, factor=F16, rank_major=False)
-    for rank in (8, 12):
-        yield "multi_lora_grad", dict(**size | {"columns": 40}, rank=rank, x=BF16)
+    for rank in (8, 20):
+        yield "multi_lora_grad", dict(**size | {"rows": 200, "columns": 40}, rank=rank, x=BF16, kind="one")

@@ -285,7 +285,16 @@ class MultiLoraDown(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("x_dtype", c_int32), ("groups", RowGroups), ("columns", c_int64), ("rank", c_int64),
         ("factors", FactorBank), ("alphas", c_void_p), ("alpha", c_float), ("dropout", Dropout), ("out", c_void_p),
+        ("workspace", c_void_p),
     ]  # fmt: skip
+
+    def workspace_size(self) -> int:
+        """multi_lora_down_workspace: as low_rank_down's, with so many blocks that have work at most."""
+        rows = self.groups.rows
+        ranks = 16 if self.rank <= 16 else 32 if self.rank <= 32 else 64
+        tiles = -(-self.rank // ranks) * min(rows // 128 + self.groups.adapters + 1, rows)
+        parts = part_count(tiles, -(-self.columns // 256))
+        return parts * rows * self.rank if parts > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
         rows, adapters = self.groups.rows, self.groups.adapters
@@ -296,6 +305,7 @@ class MultiLoraDown(ctypes.Structure):
         yield Operand("alphas", 4 * adapters, READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("out", rows * self.rank * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WRITE)
 
 
 class MultiLoraUp(ctypes.Structure):
@@ -324,7 +334,7 @@ class MultiLoraGrad(ctypes.Structure):
 
     def operands(self) -> Iterator[Operand]:
         rows, adapters = self.groups.rows, self.groups.adapters
-        yield from self.groups.operands()
+        yield from (operand for operand in self.groups.operands() if operand.path != "groups.tiles")
         yield Operand("u", rows * self.rank * 4, READ)
         yield Operand("x", rows * self.columns * size_of(self.x_dtype), READ)
         yield Operand("ranks", 4 * adapters, READ)

@@ -22,8 +22,13 @@ ARCH = "sm_80"
 # Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
 OPERANDS = {
     "low_rank_down": {
-        "x": "x[group][i].load(", "factor": "factor.load(args", "out": "store_as(out, dtype",
+        "x": "x[group][i].load(", "factor": "share.load(source", "out": "store_as(out, dtype",
         "out ": "out[row * args.rank", "out  ": "workspace[part * n",
+    },
+    "multi_lora_down": {
+        "x": "x[group][i].load(", "factors": "share.load(source", "out": "store_as(out, dtype",
+        "out ": "out[row * args.rank", "out  ": "workspace[part * n", "plan": "groups.order[",
+        "plan ": "groups.tiles[", "plan  ": "groups.offsets[",
     },
     "low_rank_up": {
         "u": "load_quad(from +", "factor": "chunk.load(source", "out_scale and bias": "vector[vector_column] : 0",
@@ -31,9 +36,13 @@ OPERANDS = {
         "z": "static_cast<T*>(args.z) + index",
     },
     "low_rank_grad": {
-        "x": "x[i][half].load(", "u": "args.u[row * args.rank", "grad": "store_as(args.grad",
+        "x": "x[i][half].load(", "u": "from[row * ranks", "grad": "store_as(args.grad",
         "sums": "[first_column + c] = total", "sums ": "slab_sums(args, slabs, 0)", "grad ": "workspace[index]",
         "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
+    },
+    "multi_lora_grad": {
+        "x": "x[i][half].load(", "u": "from[row * ranks", "grad": "store_as(args.grad", "plan": "order_[entry]",
+        "plan ": "groups.offsets[",
     },
     "nf4_gradient": {
         "q": "copy_async(stage + q_target_", "packed": "copy_async(stage + packed_target_",
@@ -62,7 +71,9 @@ OPERANDS = {
 FIELDS = {
     "packed": ("packed", "weight.packed"), "absmax": ("absmax", "weight.absmax"), "codes": ("codes", "weight.codes"),
     "nested_absmax": ("nested_absmax", "weight.nested_absmax"), "offset": ("offset", "weight.offset"),
-    "factor": ("factor.data",), "y ": ("y",), "absmax, for the mean": ("absmax",),
+    "factor": ("factor.data",), "factors": ("factors.data",), "y ": ("y",),
+    **dict.fromkeys(("plan", "plan ", "plan  "), ("groups.offsets", "groups.order", "groups.tiles")),
+    "absmax, for the mean": ("absmax",),
     "out_scale and bias": ("out_scale", "bias"), "all four": ("codes", "nested_absmax", "offset", "absmax"),
 }  # fmt: skip
 
@@ -76,6 +87,7 @@ class Row:
 def _rows() -> list[Row]:
     down, up, grad = (dict(rows=n, columns=m) for n, m in ((256, 2048), (256, 2048), (2048, 256)))
     plain = dict(out_scale=False, bias=False, z=False)
+    many = dict(adapters=4, kind="all", own=False, rank=16, x=BF16)
     gemm, everything = dict(out=512, columns=1024), dict(rank=16, out_scale=True, bias=True, z=True)
     return [
         Row(case("low_rank_down", **down, rank=8, x=BF16), "256 x 2048 bf16, rank 8"),
@@ -100,6 +112,17 @@ def _rows() -> list[Row]:
         ),
         Row(case("low_rank_grad", **grad, rank=16, x=F32, rank_major=False), "2048 x 256 f32, rank 16, column-major"),
         Row(case("low_rank_grad", **up, rank=16, x=BF16), "256 x 2048 bf16, rank 16"),
+        Row(case("multi_lora_down", **down, **many), "256 x 2048 bf16, rank 16, 4 adapters"),
+        Row(
+            case("multi_lora_down", **down, **many | {"adapters": 32}, p=0.1),
+            "256 x 2048 bf16, rank 16, 32 adapters, dropout",
+        ),
+        Row(case("multi_lora_down", **down, **many | {"x": F32}), "256 x 2048 f32, rank 16, 4 adapters"),
+        Row(case("multi_lora_grad", **grad, **many, p=0.1), "2048 x 256 bf16, rank 16, 4 adapters, dropout"),
+        Row(
+            case("multi_lora_grad", **down, **many, rank_major=False),
+            "256 x 2048 bf16, rank 16, 4 adapters, column-major",
+        ),
         Row(
             case("nf4_gradient", rows=64, out=512, columns=1024, rank=16, p=0.1),
             "64 x 512 x 1024 bf16, rank 16, dropout",
