@@ -456,7 +456,7 @@ if trainer.args.process_index == 0:
         print(f"step loss {entry['loss']:.3f}")
     print(type(trainer.model_wrapped).__name__)
 sys.stdout.flush()
-os._exit(0)  # destructors of the group race with gloo's threads for the GIL: one run in fifty aborts (tests/processes.py)
+os._exit(0)  # destructors of the group race with gloo's threads: one run in fifty aborts (tests/processes.py)
 """
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2",

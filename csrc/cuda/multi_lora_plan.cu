@@ -65,12 +65,11 @@ __global__ void __launch_bounds__(kPlanThreads) multi_lora_plan_kernel(MultiLora
     args.tiles[2 * i] = -1;
     args.tiles[2 * i + 1] = 0;
   }
-  __syncthreads();
 
   for (int64_t first = 0; first < args.rows; first += kPlanThreads) {
     const int64_t row = first + threadIdx.x, key = row < args.rows ? group_of(row) : -1;
     keys[threadIdx.x] = key;
-    __syncthreads();
+    __syncthreads();  // keys, and the cursors of before
     int before = 0;
     bool last = true;
     for (int t = 0; t < kPlanThreads; ++t) {
@@ -82,7 +81,6 @@ __global__ void __launch_bounds__(kPlanThreads) multi_lora_plan_kernel(MultiLora
     if (key >= 0) args.order[entry] = row;
     __syncthreads();
     if (key >= 0 && last) args.cursor[key] = entry + 1;
-    __syncthreads();
   }
 }
 

@@ -21,9 +21,9 @@ Call = Callable[[int], object]
 """Does the work once; the argument is the turn, by which cold cases choose their buffers."""
 
 SHORTEST = 1e-2
-"""Seconds of a reading of the clock: a call is repeated until it takes so long. A provider starts with caches full of the
-one before it, whose changed lines are written back meanwhile: 0.15 ms of a decode of 0.3, 0.4 of a product of 6, which a
-model of many layers does not pay for each. Cold cases take another buffer for every call."""
+"""Seconds of a reading of the clock: a call is repeated until it takes so long. A provider starts with caches full of
+the one before it, whose changed lines are written back meanwhile: 0.15 ms of a decode of 0.3, 0.4 of a product of 6,
+which a model of many layers does not pay for each. Cold cases take another buffer for every call."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def last_level_cache(device: str = "cpu") -> int:
 
 
 def copies(nbytes: int, device: str = "cpu", most: int = 4 << 30) -> int:
-    """How many buffers of so many bytes to rotate over, so that each is out of the caches when its turn comes, also when
-    nothing else runs between; their sum is kept below `most`."""
+    """How many buffers of so many bytes to rotate over, so that each is out of the caches when its turn comes, also
+    when nothing else runs between; their sum is kept below `most`."""
     wanted = math.ceil(2 * last_level_cache(device) / max(1, nbytes))
     return max(1, min(wanted, most // max(1, nbytes), 512))
 

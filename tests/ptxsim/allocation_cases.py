@@ -314,6 +314,7 @@ def _rank_allocation_cases():
     for grads in itertools.product((False, True), repeat=3):
         yield _case("update_importance", shapes=((4, 24, 10),), grads=grads)
     yield _case("update_importance", shapes=((2, 20, 10),), kind="nan")
+    yield _case("update_importance", shapes=((600, 16, 40),))  # B's columns in three steps of a block
     for shapes in ("many", ((0, 5, 5),), ()):
         yield _case("update_importance", shapes=shapes)
     for kind, exact in itertools.product(("random", "ties", "equal", "zero", "special", "close"), (False, True)):
