@@ -2,12 +2,13 @@
 """Breaks the CUDA kernels one place at a time and counts what the simulated tests notice. Needs nvcc, no GPU.
 
     python tools/mutation.py                 # all mutants; writes the score to docs/simulated.md
-    python tools/mutation.py --only absmax   # of csrc/cuda/absmax.cu, and writes nothing
+    python tools/mutation.py --only absmax   # of csrc/cuda/absmax.cu, and writes nothing; --only may be repeated
 
 Two kinds of mutants. A barrier, fence, wait or commit of the PTX (sm_80) that some case executes is left out: one
 mutant for each kernel instantiation it is in. A comparison of the source that decides something at run time is moved by
-one, up and down. A mutant counts as noticed if a case fails, by a report of the simulator or by its values. Every
-survivor has to be explained in EXPLAINED; one that is not makes this program fail.
+one, up and down, unless that leaves the PTX as it was: then it is the host's, or makes no other program. A mutant
+counts as noticed if a case fails, by a report of the simulator or by its values. Every survivor has to be explained in
+EXPLAINED; one that is not makes this program fail.
 """
 
 from __future__ import annotations
@@ -35,15 +36,25 @@ SYNCHRONIZING = ("bar", "warpsync", "fence", "cp_commit", "cp_wait", "cp_wait_al
 MAX_STEPS = 10**7  # a mutant that never ends is noticed too
 
 GUARDED = "one more step, over nothing: every access in it is guarded by itself, and its terms are zero"
-MULTIPLES = "both sides are multiples of 8 or more, so none is one below the other"
+MULTIPLES = "both sides are multiples of 4 or more, so none is one below the other"
 SLOW_PATH = "the last whole chunk takes the path for partial ones, which gives the same bits"
+EQUAL = "the two are equal there"
+REPEATED = "one more round, which finds its work done"
 
 EXPLAINED: dict[tuple[str, str], str] = {
-    ("if (aligned && valid >= kChunk)", "to `>`"): SLOW_PATH,
-    ("if (packed_aligned && valid >= kChunk)", "to `>`"): SLOW_PATH,
+    ("aligned && valid >= kChunk)", "to `>`"): SLOW_PATH,
+    ("aligned && valid >= kQuad)", "to `>`"): SLOW_PATH,
+    ("codes_aligned && left >= kQuad)", "to `>`"): SLOW_PATH,
     ("if (packed_aligned && valid >= kChunk)", "to `>= -1 +`"): "7 codes fill 4 bytes as well as 8 do",
+    ("aligned && valid >= kQuad)", "to `>= -1 +`"): "rows that are aligned are whole quads, so 3 values never are left",
     ("byte < 4 && 2 * byte < valid; ++byte)", "to `<=`"): "a fifth byte that exists, and is shifted out of the word",
-    ("absmax < kMinAbsmax ? kMinAbsmax : absmax", "to `<=`"): "the two are equal there",
+    ("j < kQuad && j < left; ++j)", "to `<=`"): "a fifth code, whose own lane writes it too, or which has none left",
+    ("absmax < kMinAbsmax ? kMinAbsmax : absmax", "to `<=`"): EQUAL,
+    ("row0 + slab < layer.out ? row0 + slab", "to `<=`"): EQUAL,
+    ("left < kImportanceThreads ? left", "to `<=`"): EQUAL,
+    ("f.rank - k0 < kGramColumns ? f.rank - k0", "to `<=`"): EQUAL,
+    ("return row < rows ? row", "to `< -1 +`"): EQUAL,
+    ("index < args.adapters ? index : args.adapters", "to `<=`"): EQUAL,
     ("if (i > 0) load_chunk(", "to `>=`"): "loads once more what is in registers",
     ("if (valid <= 0) break;", "to `<`"): "a chunk without elements: nothing is loaded or stored",
     ("first < args.rows; first += kRowsInFlight", "to `<=`"): GUARDED,
@@ -53,15 +64,52 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("Columns >= in) packed_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
     ("Columns >= in) absmax_row_ = kOutside", "to `>= -1 +`"): MULTIPLES,
     ("q_column_ < left_ + kGradientDepth", "to `< -1 +`"): MULTIPLES,
-    ("copy_async_wait<0>();", "left out"): "nothing is read after it: it waits so that no copy outlives its block",
-    ("first_rank < args.rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
     (
-        "if (valid <= 0) return;",
-        "to `<`",
-    ): "a thread without columns: its accesses are guarded again",
+        "device_dispatch(layer.dtype",
+        "left out",
+    ): "only the last step reads what other threads wrote, and none comes after",
+    ("copy_async_wait<0>();", "left out"): "nothing is read after it: it waits so that no copy outlives its block",
+    ("first_rank < rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
+    ("column0 < f.columns; column0 += kGramColumns", "to `<=`"): GUARDED,
+    ("c < kGramColumns; c += 4", "to `< -1 +`"): MULTIPLES,
+    ("rank0 < f.rank; rank0 += kGradRanks", "to `<=`"): GUARDED,
+    ("k0 < f.rank; k0 += kGramColumns", "to `<=`"): GUARDED,
+    ("first < args.triplets; first += kSelectThreads", "to `<=`"): GUARDED,
+    ("i < layer.in; i += kImportanceThreads", "to `<=`"): GUARDED,
+    ("first < args.rows; first += kPlanThreads", "to `<=`"): GUARDED,
+    ("first < groups; first += kPlanThreads", "to `<=`"): GUARDED,
+    ("column < args.columns; column += 32 * kChunk", "to `<=`"): GUARDED,
+    ("stage < part.last; stage += kStageColumns", "to `<=`"): GUARDED,
+    ("if (stage + kStageColumns < part.last)", "to `<=`"): GUARDED,
+    ("first < kGroups; first += warps.turns()", "to `< -1 +`"): MULTIPLES,
+    ("return {rows > 64", "to `>=`"): "the other way to share the tile makes it, too",
+    ("if (valid <= 0) return;", "to `<`"): "a thread without columns: its accesses are guarded again",
     ("distance < lanes; distance *= 2", "to `< -1 +`"): "lanes is a power of two, at least 4: lanes / 2 < lanes - 1",
+    ("distance < kPlanThreads; distance *= 2", "to `<=`"): "no thread has another so far before it",
+    ("distance < kPlanThreads; distance *= 2", "to `< -1 +`"): MULTIPLES,
     ("if (threadIdx.x >= kThreads) return;", "to `>`"): "one more thread loads, inside of F, what store() drops",
     ("if (threadIdx.x < 32) {", "to `<=`"): "thread 32 stores the values that thread 0 stores, to the same places",
+    ("if (threadIdx.x > 0) return;", "to `> 1 +`"): "thread 1 stores the value that thread 0 stores, to the same place",
+    ("round < n + n % 2 - 1; ++round", "to `<=`"): REPEATED,
+    ("shift >= 0; shift -= 8", "to `>= -1 +`"): REPEATED + ": PTX shifts by 2^32 - 8 to 0, the bin that has it all",
+    ("square <= kJacobiZero ? 0.0", "to `<`"): "a norm of exactly 2^-200 is as good as 0, and no sample has one",
+    ("two_halves_(block_size_log2 < 6)", "to `<=`"): "one block for both halves, whose absmax is read twice",
+    (
+        "kRows < kRowStep && threadIdx.x >= kRows",
+        "to `<",
+    ): "powers of two; where they are equal, no thread is past them",
+    ("i < bytes; i += kForwardThreads * kLine", "to `<"): "a prefetch is a hint, and no access",
+    ("up_to >= rank && up_to - sum < rank", "to `"): "a lane too many, none of whose bins has the rank",
+    ("pruned <= 0 || args.budget <= 0", "to `<`"): "the same mask, the long way",
+    ("if (threadIdx.x < kBins) histogram", "to `<=`"): "a bin too many, in what nothing has been written to",
+    ("const bool tie = i < args.triplets", "to `<=`"): "the key past the end is 0, which no score has",
+    ("const bool tie = i < args.triplets", "to `< -1 +`"): "of equal scores the first stay, so never the last of all",
+    ("args.indices > 0 ? args.rows / args.indices", "to `>=`"): "without an index there is no row that asks for it",
+    ("layer.in > 0 ? sum", "to `>=`"): "the mean of a factor without elements, which the reference calls NaN and we 0",
+    (
+        "layer.out > 0 ? of_B",
+        "to `>=`",
+    ): "the mean of a factor without elements, which the reference calls NaN and we 0",
 }
 """(part of the source line, part of the change) -> why the kernel is as right as before."""
 
@@ -177,21 +225,30 @@ def users(path: Path) -> list[str]:
 
 
 def moved_comparison(mutant: Mutant, text: str, files: list[str], reached: dict[str, list[Case]]) -> bool | None:
-    """Was it noticed? None if it does not compile."""
+    """Was it noticed? None if it does not compile, or is no other program for the device."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
         shutil.copytree(cudart.CUDA_SOURCES.parent, copy, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
         (copy / "cuda" / mutant.file).write_text(text)
+        same = True
         for file in files:
             try:
                 module = Module.from_cuda(copy / "cuda" / file, "sm_80")
             except PtxError:
                 return None
+            if instructions(module) == instructions(cudart.modules("sm_80")[file]):
+                continue
+            same = False
             kernels = {name: module.kernel(name) for name in module.demangled}
             cases = {str(case): case for name in kernels for case in reached[name]}
             if noticed(list(cases.values()), lambda kernels=kernels: MutantDevice(kernels)):
                 return True
-    return False
+    return None if same else False
+
+
+def instructions(module: Module) -> list[str]:
+    """The PTX of a module without what says where it came from."""
+    return [line for line in module.text.splitlines() if not re.match(r"\s*(\.loc|\.file|//)", line)]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -206,22 +263,26 @@ def explanation(mutant: Mutant) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--only", action="append", help="files whose name contains this")
     parser.add_argument("--kind", choices=("all", "dropped", "moved"), default="all")
     only, kind = (arguments := parser.parse_args()).only, arguments.kind
+
+    def chosen(file: str) -> bool:
+        return not only or any(part in file for part in only)
+
     cudart.host_library()
     start, reached = time.time(), cases_by_kernel()
     outcome: dict[str, list[tuple[Mutant, bool]]] = {"left out": [], "moved by one": []}
     if kind != "moved":
         for file in cudart.modules("sm_80"):
-            if only in file:
+            if chosen(file):
                 for mutant, caught in dropped_instructions(file, reached):
                     outcome["left out"].append((mutant, caught))
                     show(mutant, caught)
     if kind != "dropped":
         jobs = []
         for path in sorted([*cudart.CUDA_SOURCES.glob("*.cu"), *cudart.CUDA_SOURCES.glob("*.cuh")]):
-            if only in path.name:
+            if chosen(path.name):
                 jobs += [(mutant, text, users(path), reached) for mutant, text in comparisons(path)]
         # Two at a time: while one runs in nvcc, the other simulates. Nobody will ask for their PTX again.
         with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as cache:

@@ -314,7 +314,9 @@ def _rank_allocation_cases():
     for grads in itertools.product((False, True), repeat=3):
         yield _case("update_importance", shapes=((4, 24, 10),), grads=grads)
     yield _case("update_importance", shapes=((2, 20, 10),), kind="nan")
-    yield _case("update_importance", shapes=((600, 16, 40),))  # B's columns in three steps of a block
+    # B's columns in steps of a block, the last one whole, and short of one
+    for shape in ((512, 8, 16), (511, 8, 16)):
+        yield _case("update_importance", shapes=(shape,))
     for shapes in ("many", ((0, 5, 5),), ()):
         yield _case("update_importance", shapes=shapes)
     for kind, exact in itertools.product(("random", "ties", "equal", "zero", "special", "close"), (False, True)):
@@ -332,6 +334,7 @@ def _rank_allocation_cases():
             yield _case(op, shapes=shapes, squared=squared)
     yield _case("orthogonality", kind="orthogonal", shapes=((4, 9, True), (12, 70, False)))
     yield _case("orthogonality_grad", zero_norm=True)
+    yield _case("orthogonality_grad", shapes=((63, 70, True),))  # ranks that are one short of a step
 
 
 def allocation_cases() -> Iterator[tuple[str, dict]]:

@@ -66,6 +66,7 @@ def dora_cases():
     for dtype, (rows, columns) in itertools.product(DTYPES, ((9, 300), (8, 256), (1, 7), (3, 0), (0, 64))):
         yield "squared_row_norms", dict(rows=rows, columns=columns, dtype=dtype)
     yield "squared_row_norms", dict(rows=9, columns=304, dtype=BF16, misaligned=1)
+    yield "squared_row_norms", dict(rows=9, columns=41)  # a chunk of one column
     # rows of whole blocks; that begin inside of a block, of a chunk, of a byte; an odd number of weights
     for columns, block_size in itertools.product((256, 96, 300, 33, 1), (32, 64, 4096)):
         yield "squared_row_norms", dict(rows=9, columns=columns, block_size=block_size)

@@ -199,6 +199,8 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
         for kind in ("random", "sorted", "one", "none"):
             yield "multi_lora_plan", dict(rows=rows, adapters=adapters, kind=kind)
     yield "multi_lora_plan", dict(rows=600, adapters=7, indices=6)
+    yield "multi_lora_plan", dict(rows=70, adapters=3, indices=1)
+    yield "multi_lora_plan", dict(rows=300, adapters=256)  # with the rows of none, one group more than threads
     # ragged; whole tiles; one row; none; few rows of many adapters; all of one; none with an adapter
     shapes = ((67, 131, 3, "random"), (64, 128, 2, "sorted"), (1, 64, 2, "random"), (0, 64, 2, "random"),
               (9, 72, 20, "random"), (70, 40, 2, "one"), (40, 40, 3, "none"))  # fmt: skip
@@ -224,6 +226,11 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
             size = dict(rows=260, columns=600, rank=rank, adapters=250, kind=kind)
             yield "multi_lora_down", dict(**size, x=dtype, factor=BF16, rank_major=bool(i), p=0.2 * i)
         yield "multi_lora_grad", dict(rows=300, columns=40, rank=rank, adapters=2, x=dtype, kind="one", p=0.2)
+    for rank in (12, 24, 40):
+        yield "multi_lora_down", dict(rows=260, columns=600, rank=rank, adapters=250, kind="few", x=F16)
+        yield "multi_lora_grad", dict(rows=300, columns=40, rank=rank, adapters=2, x=F16, kind="one", p=0.2)
+    for rows in (33, 65):  # a row more than half the warps, and a quarter of them, have
+        yield "multi_lora_down", dict(rows=rows, columns=256, rank=12, adapters=2, x=BF16, kind="one", own=False)
     for op, dtype in (("multi_lora_down", "x"), ("multi_lora_up", "y"), ("multi_lora_grad", "x")):
         # pointers that are not 16-byte aligned, with sizes that are
         yield op, dict(rows=45, columns=80, rank=12, adapters=3, **{dtype: BF16}, p=0.2, misaligned=1)

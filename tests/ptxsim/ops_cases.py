@@ -263,7 +263,7 @@ def _dequantize_nf4(n, block_size, out=F32, misaligned=0) -> Problem:
     return problem
 
 
-def _quantize_absmax(n, kind="random") -> Problem:
+def _quantize_absmax(n, kind="random", misaligned=0) -> Problem:
     """kind "ties": a mean of 0 and values halfway between two codes."""
     problem = Problem()
     if kind == "ties":
@@ -275,7 +275,7 @@ def _quantize_absmax(n, kind="random") -> Problem:
             kind
         ]
     problem.args = QuantizeAbsmax(
-        absmax=problem.place("absmax", absmax), n=n, codes=problem.reserve("codes", n, torch.uint8),
+        absmax=problem.place("absmax", absmax), n=n, codes=problem.reserve("codes", n, torch.uint8, misaligned),
         nested_absmax=problem.reserve("nested_absmax", -(-n // 256)), offset=problem.reserve("offset", 1),
     )  # fmt: skip
 
@@ -328,6 +328,8 @@ def _low_rank_cases():
         yield case("low_rank_down", **size, x=dtype, factor=other, rank_major=rank_major, p=p)
         yield case("low_rank_up", **size, y=dtype, factor=other, rank_major=rank_major, p=p, **extras)
         yield case("low_rank_grad", **size, x=dtype, grad=other, rank_major=rank_major, p=p)
+    for dtype in DTYPES:  # so many blocks that each has all columns: two stages, the last one of one column
+        yield case("low_rank_down", rows=128 * 128 + 1, columns=257, rank=8, x=dtype, factor=BF16)
     # every pair of dtypes in both layouts and every width of a tile, where all accesses are vectors
     for a, b, rank_major in itertools.product(DTYPES, DTYPES, (False, True)):
         for rank in (8, 16, 32):
@@ -378,6 +380,7 @@ def _nf4_cases():
     yield case("quantize_absmax", n=600, kind="constant")
     yield case("quantize_absmax", n=600, kind="zero")
     yield case("quantize_absmax", n=512, kind="ties")
+    yield case("quantize_absmax", n=530, misaligned=1)
 
 
 _other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases(), dora_cases()
