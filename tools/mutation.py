@@ -38,6 +38,7 @@ MAX_STEPS = 10**7  # a mutant that never ends is noticed too
 GUARDED = "one more step, over nothing: every access in it is guarded by itself, and its terms are zero"
 MULTIPLES = "both sides are multiples of 4 or more, so none is one below the other"
 SLOW_PATH = "the last whole chunk takes the path for partial ones, which gives the same bits"
+NO_ROWS = "a warp without rows, which multiplies zeros and stores nothing"
 EQUAL = "the two are equal there"
 REPEATED = "one more round, which finds its work done"
 
@@ -82,6 +83,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("stage < part.last; stage += kStageColumns", "to `<=`"): GUARDED,
     ("if (stage + kStageColumns < part.last)", "to `<=`"): GUARDED,
     ("first < kGroups; first += warps.turns()", "to `< -1 +`"): MULTIPLES,
+    ("none() const { return warp_first >= rows", "to `>`"): NO_ROWS,
+    ("is_none(warps.row() >= count)", "to `>`"): NO_ROWS,
+    ("is_inside[i] = warps.lane_row()", "to `<=`"): "one row more is read, that of number 0, and its sums are dropped",
+    ("if (first_rank < rank) {", "to `<=`"): "ranks past the adapter's are zeros, and so are their sums",
+    ("if (kRows > kRowTile && (first", "to `>"): "of a tile of kRowTile entries the place is a multiple of it",
     ("return {rows > 64", "to `>=`"): "the other way to share the tile makes it, too",
     ("if (valid <= 0) return;", "to `<`"): "a thread without columns: its accesses are guarded again",
     ("distance < lanes; distance *= 2", "to `< -1 +`"): "lanes is a power of two, at least 4: lanes / 2 < lanes - 1",
@@ -247,8 +253,9 @@ def moved_comparison(mutant: Mutant, text: str, files: list[str], reached: dict[
 
 
 def instructions(module: Module) -> list[str]:
-    """The PTX of a module without what says where it came from."""
-    return [line for line in module.text.splitlines() if not re.match(r"\s*(\.loc|\.file|//)", line)]
+    """The PTX of a module without what says where it came from: debug information, and a hash of the path in names."""
+    lines = [line for line in module.text.splitlines() if not re.match(r"\s*(\.loc|\.file|\.b8|//)", line)]
+    return [re.sub(r"_INTERNAL_[0-9a-f]+", "", line) for line in lines]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

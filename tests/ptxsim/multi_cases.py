@@ -229,6 +229,7 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
     for rank in (12, 24, 40):
         yield "multi_lora_down", dict(rows=260, columns=600, rank=rank, adapters=250, kind="few", x=F16)
         yield "multi_lora_grad", dict(rows=300, columns=40, rank=rank, adapters=2, x=F16, kind="one", p=0.2)
+    yield "multi_lora_grad", dict(rows=65, columns=64, rank=8, adapters=2, x=BF16, kind="one", own=False)
     for rows in (33, 65):  # a row more than half the warps, and a quarter of them, have
         yield "multi_lora_down", dict(rows=rows, columns=256, rank=12, adapters=2, x=BF16, kind="one", own=False)
     for op, dtype in (("multi_lora_down", "x"), ("multi_lora_up", "y"), ("multi_lora_grad", "x")):

@@ -337,6 +337,7 @@ def _low_rank_cases():
         yield case("low_rank_up", rows=40, columns=192, rank=16, y=a, factor=b, rank_major=rank_major, p=0.1)
         for rank in (8, 16):
             yield case("low_rank_grad", rows=70, columns=64, rank=rank, x=a, grad=b, rank_major=rank_major, p=0.1)
+    yield case("low_rank_grad", rows=65, columns=64, rank=8, x=BF16)  # a stage of one row
     # the sums of the columns ride along: one slab and several, no rows, ragged columns
     for rows, columns, x in ((70, 64, F16), (600, 136, BF16), (520, 133, F16), (0, 40, BF16)):
         for rank in (8, 40):
