@@ -39,6 +39,7 @@ GUARDED = "one more step, over nothing: every access in it is guarded by itself,
 MULTIPLES = "both sides are multiples of 4 or more, so none is one below the other"
 SLOW_PATH = "the last whole chunk takes the path for partial ones, which gives the same bits"
 NO_ROWS = "a warp without rows, which multiplies zeros and stores nothing"
+NO_RANK = "ranks past the adapter's are zeros, and so are their sums"
 EQUAL = "the two are equal there"
 REPEATED = "one more round, which finds its work done"
 
@@ -86,7 +87,15 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("none() const { return warp_first >= rows", "to `>`"): NO_ROWS,
     ("is_none(warps.row() >= count)", "to `>`"): NO_ROWS,
     ("is_inside[i] = warps.lane_row()", "to `<=`"): "one row more is read, that of number 0, and its sums are dropped",
-    ("if (first_rank < rank) {", "to `<=`"): "ranks past the adapter's are zeros, and so are their sums",
+    ("if (first_rank < rank) {", "to `<=`"): NO_RANK,
+    ("r < rank ? scale * total : 0.0f", "to `<=`"): NO_RANK,
+    ("at < rank ? scale * total : 0.0f", "to `<=`"): NO_RANK,
+    ("last = first_rank < rank ? args.groups.offsets", "to `<=`"): NO_RANK,
+    ("i < count * Tile::kRanks; i += kDownThreads", "to `<=`"): GUARDED,
+    ("fetched_ = threadIdx.x < kGradRows", "to `<=`"): "one more thread fetches what put() drops",
+    ("column0 < layer.rank; column0 += kImportanceThreads", "to `<=`"): "one more step, in which no thread has a row",
+    ("if (first < last) load(first);", "to `<=`"): GUARDED,
+    ("if (stage + kGradRows < last) load(", "to `<=`"): GUARDED,
     ("if (kRows > kRowTile && (first", "to `>"): "of a tile of kRowTile entries the place is a multiple of it",
     ("return {rows > 64", "to `>=`"): "the other way to share the tile makes it, too",
     ("if (valid <= 0) return;", "to `<`"): "a thread without columns: its accesses are guarded again",
@@ -105,7 +114,8 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "to `<",
     ): "powers of two; where they are equal, no thread is past them",
     ("i < bytes; i += kForwardThreads * kLine", "to `<"): "a prefetch is a hint, and no access",
-    ("up_to >= rank && up_to - sum < rank", "to `"): "a lane too many, none of whose bins has the rank",
+    ("up_to >= rank && up_to - sum < rank", "to `>= -1 +`"): "a lane too many, none of whose bins has the rank",
+    ("up_to >= rank && up_to - sum < rank", "to `<=`"): "a lane too many, none of whose bins has the rank",
     ("pruned <= 0 || args.budget <= 0", "to `<`"): "the same mask, the long way",
     ("if (threadIdx.x < kBins) histogram", "to `<=`"): "a bin too many, in what nothing has been written to",
     ("const bool tie = i < args.triplets", "to `<=`"): "the key past the end is 0, which no score has",
