@@ -27,12 +27,13 @@ struct f16_t {
 
 // dispatch(dtype, [&](auto tag) { using T = decltype(tag); ... });
 template <class F>
-void dispatch(DType t, F&& f) {
+auto dispatch(DType t, F&& f) {
   switch (t) {
-    case DType::f32: f(float{}); break;
-    case DType::bf16: f(bf16_t{}); break;
-    case DType::f16: f(f16_t{}); break;
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16_t{});
+    case DType::f16: break;
   }
+  return f(f16_t{});
 }
 
 }  // namespace peftkern

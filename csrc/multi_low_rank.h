@@ -86,6 +86,7 @@ struct MultiLoraGrad {
   void* grad;  // [adapters, rank, columns] if rank_major, else [adapters, columns, rank]
   DType grad_dtype;
   bool rank_major;
+  float* workspace = nullptr;  // CUDA alone: [multi_lora_grad_workspace(...)]
 };
 
 }  // namespace peftkern

@@ -78,7 +78,9 @@ class CudaBackend {
     check(launch_multi_lora_down(args, stream_), "multi_lora_down");
   }
   void multi_lora_up(const MultiLoraUp& args) const { check(launch_multi_lora_up(args, stream_), "multi_lora_up"); }
-  void multi_lora_grad(const MultiLoraGrad& args) const {
+  void multi_lora_grad(MultiLoraGrad args) const {
+    const Tensor workspace = floats(multi_lora_grad_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     check(launch_multi_lora_grad(args, stream_), "multi_lora_grad");
   }
 

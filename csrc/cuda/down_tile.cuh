@@ -10,8 +10,8 @@
 //   a stage of 8 / kTiles groups:   every warp loads F for 16 ranks of a group, splits it and puts it into shared
 //              memory in the order in which lanes need it
 //
-// The products are [ranks, rows]: so a tile of 8 rows is enough for a small batch. Blocks may share the columns
-// (parts.cuh).
+// The products are [ranks, rows]: so a tile of 8 rows is enough for a small batch. Neighbouring blocks may share the
+// columns (parts.cuh).
 #pragma once
 #include "../low_rank.h"
 #include "../nf4.h"
@@ -38,10 +38,6 @@ struct DownPart {
     last = min(units * (part + 1) / parts * kPartColumns, columns);
   }
 };
-
-inline int64_t down_part_count(int64_t tiles, int64_t columns) {
-  return part_count(tiles, ceil_div(columns, kPartColumns));
-}
 
 // F of a stage, split. A lane reads the 16 bytes of its place in [high or low][group][step][tile]; the padding keeps
 // the stores of a column-major F, 8 bytes a lane, off each other's banks.
@@ -202,35 +198,38 @@ struct DownTile {
     }
   }
 
-  // each(row of the warp, rank of the tile, value) for all sums of the lane.
+  // each(row, rank of the tile, total) for the first `rows` rows, where the sums of warps of the same rows meet, and,
+  // each times scale, those of the cluster's blocks. All threads take part.
   template <class Each>
-  __device__ __forceinline__ static void for_each(const Sums& sum, const Each& each) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  __device__ __forceinline__ void for_each_total(const Sums& sum, const DownWarps& warps, float scale, int rows,
+                                                 const Each& each) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_row = threadIdx.x / 32 * kWarpRows;
+    __syncthreads();  // the last F is used up
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          each(i * kTileRows + 2 * t + j % 2, tile * kTileRanks + g + j / 2 * 8, sum[tile][i][j]);
+          part[place(warp_row + i * kTileRows + 2 * t + j % 2, tile * kTileRanks + g + j / 2 * 8)] = sum[tile][i][j];
         }
       }
     }
-  }
-
-  // Puts the sums where total() adds those of warps of the same rows. All threads take part; ends with a barrier.
-  __device__ __forceinline__ void meet(const Sums& sum) {
-    __syncthreads();  // the last F is used up
-    for_each(sum,
-             [&](int row, int rank, float value) { part[place(threadIdx.x / 32 * kWarpRows + row, rank)] = value; });
-    __syncthreads();
-  }
-  __device__ __forceinline__ float total(const DownWarps& warps, int row, int rank) const {
-    float total = 0.0f;
-    for (int turn = 0; turn < warps.turns(); ++turn) {
-      total += part[place((turn << warps.rows_log2) * kWarpRows + row, rank)];
+    cluster_sync();
+    const ClusterShare share(rows * kRanks);
+    for (unsigned i = share.first + threadIdx.x; i < share.last; i += kDownThreads) {
+      const int row = i / kRanks, rank = i % kRanks;
+      float total = 0.0f;
+      for (unsigned block = 0; block < cluster_blocks(); ++block) {
+        float of_block = 0.0f;
+        for (int turn = 0; turn < warps.turns(); ++turn) {
+          of_block += load_of_block(part[place((turn << warps.rows_log2) * kWarpRows + row, rank)], block);
+        }
+        total += scale * of_block;
+      }
+      each(row, rank, total);
     }
-    return total;
+    cluster_sync();  // all have read
   }
 
  private:

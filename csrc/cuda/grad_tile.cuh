@@ -9,9 +9,10 @@
 //
 // In a step lane 4 g + t loads the columns 8 g .. 8 g + 7 of rows t and t + 4: its part of 8 products [ranks, 8 rows] x
 // [8 rows, 8 columns], the n-th over the columns n, 8 + n, .. 56 + n. u is split once a block and kept in shared memory
-// in the order in which lanes need it. The warps of a column then add up in a fixed order.
+// in the order in which lanes need it. The warps of a column, and the blocks of a cluster, then add up in a fixed order.
 #pragma once
 #include "chunk.cuh"
+#include "cluster.cuh"
 #include "tf32.cuh"
 
 namespace peftkern {
@@ -107,15 +108,28 @@ struct GradTile {
     }
   }
 
-  // each(rank, column, total) for those of the tile below `ranks` and `columns`, where the warps' sums meet.
-  // Neighbouring threads get neighbouring elements in either layout. All threads take part.
+  // The sum of get(warp, block) for a column's warps, and, each times scale, those of the cluster's blocks.
+  template <class Get>
+  __device__ __forceinline__ static float total_of(int column, float scale, const Get& get) {
+    float total = 0.0f;
+    for (unsigned block = 0; block < cluster_blocks(); ++block) {
+      float of_block = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kRowWarps; ++w) of_block += get(column / kWarpColumns * kRowWarps + w, block);
+      total += scale * of_block;
+    }
+    return total;
+  }
+
+  // each(rank, column, total) for those of the tile below `ranks` and `columns`, where these sums meet. Neighbouring
+  // threads get neighbouring elements in either layout. All threads take part.
   template <class Each>
   __device__ __forceinline__ void for_each_total(const Sums& sum, bool rank_major, int64_t ranks, int64_t columns,
-                                                 const Each& each) {
+                                                 float scale, const Each& each) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      __syncthreads();
+      cluster_sync();
 #pragma unroll
       for (int n = 0; n < kChunk; ++n) {
 #pragma unroll
@@ -123,19 +137,18 @@ struct GradTile {
           part[warp][place(rank_major, g + i / 2 * 8, 16 * t + i % 2 * 8 + n)] = sum[tile][n][i];
         }
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < kTileRanks * kGradColumns; i += kGradThreads) {
+      cluster_sync();
+      const ClusterShare share(kTileRanks * kGradColumns);
+      for (unsigned i = share.first + threadIdx.x; i < share.last; i += kGradThreads) {
         const int r = rank_major ? i / kGradColumns : i % kTileRanks;
         const int c = rank_major ? i % kGradColumns : i / kTileRanks;
         if (tile * kTileRanks + r >= ranks || c >= columns) continue;
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kRowWarps; ++w) {
-          total += part[c / kWarpColumns * kRowWarps + w][place(rank_major, r, c % kWarpColumns)];
-        }
-        each(tile * kTileRanks + r, c, total);
+        each(tile * kTileRanks + r, c, total_of(c, scale, [&](int w, unsigned block) {
+               return load_of_block(part[w][place(rank_major, r, c % kWarpColumns)], block);
+             }));
       }
     }
+    cluster_sync();  // all have read
   }
 
  private:

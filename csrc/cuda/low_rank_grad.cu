@@ -2,19 +2,17 @@
 // LowRankGrad of low_rank.h:  grad = alpha * u^T drop(x), in the layout and dtype of the factor, and the sums of the
 // columns of x, where they are wanted: x is in registers, and a pass of its own would read it again
 //
-// Bound by reading x. A block takes 16 kTiles ranks, 128 columns and a slab of the rows (grad_tile.cuh). The slabs then
-// add up in their order.
+// Bound by reading x. A block takes 16 kTiles ranks, 128 columns and a slab of the rows (grad_tile.cuh). Neighbouring
+// blocks have the slabs of a sum (parts.cuh).
 #include "grad_tile.cuh"
 #include "kernels.h"
 #include "parts.cuh"
 
 namespace peftkern {
 
-constexpr int64_t kSlabRows = 256;  // fewest: below, the parts of the sum would be more bytes than x is worth
-
-// The workspace: [slab][grad], then [slab][sums].
-__device__ __forceinline__ float* slab_sums(const LowRankGrad& args, int64_t slabs, int64_t slab) {
-  return args.workspace + slabs * args.rank * args.columns + slab * args.columns;
+// The workspace: [part][grad], then [part][sums].
+__device__ __forceinline__ float* part_sums(const LowRankGrad& args, int64_t parts, int64_t part) {
+  return args.workspace + parts * args.rank * args.columns + part * args.columns;
 }
 
 // Rows of u and x are the same.
@@ -23,16 +21,17 @@ struct SameRows {
   __device__ __forceinline__ int64_t number(int64_t row) const { return row; }
 };
 
+// Two blocks on a multiprocessor where that takes no spills. ptxas left alone tries it for fp32, too, and spills.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad args, int64_t slabs) {
+__global__ void __launch_bounds__(kGradThreads, sizeof(T) == 2 && kTiles == 1 ? 2 : 1)
+    low_rank_grad_kernel(LowRankGrad args, int64_t slabs) {
   using Tile = GradTile<T, kTiles>;
   __shared__ Tile shared;
 
   const int64_t rank_tiles = (args.rank + Tile::kRanks - 1) / Tile::kRanks;
-  const int64_t column_tiles = (args.columns + kGradColumns - 1) / kGradColumns;
-  const int64_t first_rank = blockIdx.x % rank_tiles * Tile::kRanks;
-  const int64_t first_column = blockIdx.x / rank_tiles % column_tiles * kGradColumns;
-  const int64_t slab = blockIdx.x / (rank_tiles * column_tiles);
+  const int64_t slab = blockIdx.x % slabs;
+  const int64_t first_rank = blockIdx.x / slabs % rank_tiles * Tile::kRanks;
+  const int64_t first_column = blockIdx.x / (slabs * rank_tiles) * kGradColumns;
   const int64_t stages = (args.rows + kGradRows - 1) / kGradRows;
   const int64_t first_row = stages * slab / slabs * kGradRows;
   const int64_t last_row = min(stages * (slab + 1) / slabs * kGradRows, args.rows);
@@ -50,6 +49,7 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
                     }
                   });
 
+  const int64_t parts = slabs / cluster_blocks(), part = slab / cluster_blocks();  // what is left of them
   if (wants_sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     __syncthreads();
@@ -59,35 +59,36 @@ __global__ void __launch_bounds__(kGradThreads) low_rank_grad_kernel(LowRankGrad
       column_sum[n] += __shfl_xor_sync(0xffffffff, column_sum[n], 2);
       if (t == n / 2) shared.part[warp][g * kChunk + n] = column_sum[n];  // all four have it
     }
-    __syncthreads();
-    const int c = threadIdx.x;
-    if (c < kGradColumns && first_column + c < args.columns) {
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kRowWarps; ++w) total += shared.part[c / kWarpColumns * kRowWarps + w][c % kWarpColumns];
-      (slabs > 1 ? slab_sums(args, slabs, slab) : args.sums)[first_column + c] = total;
+    cluster_sync();
+    const ClusterShare share(kGradColumns);
+    const unsigned c = share.first + threadIdx.x;
+    if (c < share.last && first_column + c < args.columns) {
+      const float total = Tile::total_of(
+          c, 1.0f, [&](int w, unsigned block) { return load_of_block(shared.part[w][c % kWarpColumns], block); });
+      (parts > 1 ? part_sums(args, parts, part) : args.sums)[first_column + c] = total;
     }
   }
 
-  const float scale = args.alpha * args.dropout.scale;
-  float* workspace = args.workspace + slab * args.rank * args.columns;
+  float* workspace = args.workspace + part * args.rank * args.columns;
   shared.for_each_total(
-      sum, args.rank_major, args.rank - first_rank, args.columns - first_column, [&](int r, int c, float total) {
+      sum, args.rank_major, args.rank - first_rank, args.columns - first_column, args.alpha * args.dropout.scale,
+      [&](int r, int c, float total) {
         const int64_t rank = first_rank + r, column = first_column + c;
         const int64_t index = args.rank_major ? rank * args.columns + column : column * args.rank + rank;
-        if (slabs > 1) {
+        if (parts > 1) {
           workspace[index] = total;
         } else {
-          store_as(args.grad, args.grad_dtype, index, scale * total);
+          store_as(args.grad, args.grad_dtype, index, total);
         }
       });
 }
 
-__global__ void __launch_bounds__(kPartThreads) low_rank_grad_sum_kernel(LowRankGrad args, int64_t slabs) {
+__global__ void __launch_bounds__(kPartThreads) low_rank_grad_sum_kernel(LowRankGrad args, PartsLeft left) {
   const int64_t n = args.rank * args.columns, i = part_element();
-  sum_parts(i, args.workspace, slabs, n, args.alpha * args.dropout.scale, args.grad, args.grad_dtype);
-  if (args.sums && i >= n)
-    sum_parts(i - n, slab_sums(args, slabs, 0), slabs, args.columns, 1.0f, args.sums, DType::f32);
+  sum_parts(i, args.workspace, left, n, args.grad, args.grad_dtype);
+  if (args.sums && i >= n) {
+    sum_parts(i - n, part_sums(args, left.parts, 0), left, args.columns, args.sums, DType::f32);
+  }
 }
 
 // Ranks of a block: 64 would spill.
@@ -97,7 +98,7 @@ static int64_t block_tiles(const LowRankGrad& args) {
   return ceil_div(args.rank, block_ranks(args)) * ceil_div(args.columns, kGradColumns);
 }
 
-static int64_t slab_count(const LowRankGrad& args) { return part_count(block_tiles(args), args.rows / kSlabRows); }
+static int64_t slab_count(const LowRankGrad& args) { return part_count(block_tiles(args), args.rows); }
 
 static int64_t grad_outputs(const LowRankGrad& args) { return (args.rank + (args.sums ? 1 : 0)) * args.columns; }
 
@@ -111,19 +112,16 @@ cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream) {
   if (args.rank == 0 || args.columns == 0) return cudaSuccess;
   const int64_t slabs = slab_count(args);
   if ((slabs > 1 && !args.workspace) || (args.sums && args.x_dtype == DType::f32)) return cudaErrorInvalidValue;
-  const unsigned blocks = static_cast<unsigned>(block_tiles(args) * slabs);
-  dispatch(args.x_dtype, [&](auto tag) {
+  const Launch launch = {static_cast<unsigned>(block_tiles(args) * slabs), kGradThreads, stream};
+  int64_t left = slabs;
+  const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (block_ranks(args) == 16) {
-      low_rank_grad_kernel<T, 1><<<blocks, kGradThreads, 0, stream>>>(args, slabs);
-    } else {
-      low_rank_grad_kernel<T, 2><<<blocks, kGradThreads, 0, stream>>>(args, slabs);
-    }
+    return block_ranks(args) == 16 ? launch_kernel(low_rank_grad_kernel<T, 1>, launch, left, args, slabs)
+                                   : launch_kernel(low_rank_grad_kernel<T, 2>, launch, left, args, slabs);
   });
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess || slabs == 1) return error;
+  if (error != cudaSuccess || left == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(grad_outputs(args), kPartThreads));
-  low_rank_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, slabs);
+  low_rank_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(slabs, left));
   return cudaGetLastError();
 }
 

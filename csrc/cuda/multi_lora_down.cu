@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kDownThreads, sizeof(T) == 2 && kTiles < 4 ? 2
   __shared__ int64_t numbers[kDownRows];
 
   const unsigned rank_tiles = static_cast<unsigned>((args.rank + Tile::kRanks - 1) / Tile::kRanks);
-  const int64_t first_rank = static_cast<int64_t>(blockIdx.x % rank_tiles) * Tile::kRanks;
-  const int64_t part = blockIdx.x / rank_tiles % parts;
+  const unsigned part = blockIdx.x % parts;
+  const int64_t first_rank = static_cast<int64_t>(blockIdx.x / parts % rank_tiles) * Tile::kRanks;
   const RowTile<kDownRows> rows(args.groups, blockIdx.x / (rank_tiles * parts));
   if (rows.adapter < 0) return;
   const int64_t rank = rank_of(args.factors.ranks, args.rank, rows.adapter, args.groups.adapters);
@@ -62,32 +62,24 @@ __global__ void __launch_bounds__(kDownThreads, sizeof(T) == 2 && kTiles < 4 ? 2
   }
 
   const float scale = alpha_of(args.alphas, args.alpha, rows.adapter, args.groups.adapters) * args.dropout.scale;
-  float* out = (parts > 1 ? args.workspace + part * args.groups.rows * args.rank : args.out) + rows.first * args.rank;
-  const auto store = [&](int row, int tile_rank, float total) {
+  const int64_t group = part / cluster_blocks();
+  float* sums = parts == cluster_blocks() ? args.out : args.workspace + group * args.groups.rows * args.rank;
+  float* out = sums + rows.first * args.rank + first_rank;
+  tile.for_each_total(sum, warps, scale, count, [&](int row, int tile_rank, float total) {
     const int64_t r = first_rank + tile_rank;
-    if (row < count && r < args.rank) out[row * args.rank + r] = r < rank ? scale * total : 0.0f;
-  };
-  if (warps.turns() == 1) {
-    Tile::for_each(sum, [&](int row, int tile_rank, float value) { store(warps.row() + row, tile_rank, value); });
-    return;
-  }
-  tile.meet(sum);
-  for (int i = threadIdx.x; i < count * Tile::kRanks; i += kDownThreads) {
-    const int row = i / Tile::kRanks, tile_rank = i % Tile::kRanks;
-    store(row, tile_rank, tile.total(warps, row, tile_rank));
-  }
+    if (r < args.rank) out[row * args.rank + tile_rank] = r < rank ? total : 0.0f;
+  });
 }
 
-__global__ void __launch_bounds__(kPartThreads) multi_lora_down_sum_kernel(MultiLoraDown args, int64_t parts) {
-  sum_parts(part_element(), args.workspace, parts, args.groups.rows * args.rank, 1.0f, args.out, DType::f32);
+__global__ void __launch_bounds__(kPartThreads) multi_lora_down_sum_kernel(MultiLoraDown args, PartsLeft left) {
+  sum_parts(part_element(), args.workspace, left, args.groups.rows * args.rank, args.out, DType::f32);
 }
 
 static int64_t block_ranks(const MultiLoraDown& args) { return args.rank <= 16 ? 16 : args.rank <= 32 ? 32 : 64; }
 
 // How many give enough blocks with work. Of those launched up to three in four have none.
 static int64_t down_parts(const MultiLoraDown& args) {
-  const int64_t tiles = ceil_div(args.rank, block_ranks(args)) * most_row_tiles(args.groups, kDownRows);
-  return down_part_count(tiles, args.columns);
+  return part_count(ceil_div(args.rank, block_ranks(args)) * most_row_tiles(args.groups, kDownRows), args.columns);
 }
 
 int64_t multi_lora_down_workspace(const MultiLoraDown& args) {
@@ -100,19 +92,20 @@ cudaError_t launch_multi_lora_down(const MultiLoraDown& args, cudaStream_t strea
   const int64_t parts = down_parts(args);
   if (parts > 1 && !args.workspace) return cudaErrorInvalidValue;
   const int64_t tiles = ceil_div(args.rank, block_ranks(args)) * most_row_tiles(args.groups);
-  const unsigned blocks = static_cast<unsigned>(tiles * parts);
-  dispatch(args.x_dtype, [&](auto tag) {
+  const Launch launch = {static_cast<unsigned>(tiles * parts), kDownThreads, stream};
+  int64_t left = parts;
+  const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
+    const unsigned count = static_cast<unsigned>(parts);
     switch (block_ranks(args)) {
-      case 16: multi_lora_down_kernel<T, 1><<<blocks, kDownThreads, 0, stream>>>(args, parts); break;
-      case 32: multi_lora_down_kernel<T, 2><<<blocks, kDownThreads, 0, stream>>>(args, parts); break;
-      default: multi_lora_down_kernel<T, 4><<<blocks, kDownThreads, 0, stream>>>(args, parts);
+      case 16: return launch_kernel(multi_lora_down_kernel<T, 1>, launch, left, args, count);
+      case 32: return launch_kernel(multi_lora_down_kernel<T, 2>, launch, left, args, count);
+      default: return launch_kernel(multi_lora_down_kernel<T, 4>, launch, left, args, count);
     }
   });
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess || parts == 1) return error;
+  if (error != cudaSuccess || left == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(args.groups.rows * args.rank, kPartThreads));
-  multi_lora_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, parts);
+  multi_lora_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(parts, left));
   return cudaGetLastError();
 }
 

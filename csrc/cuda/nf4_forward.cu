@@ -25,12 +25,13 @@
 // enter the bf16 tensor cores as the sums high + low of two bf16 values, of which the product low * low is left out:
 // relative error of a term below 3 * 2^-18.
 //
-// Few tiles and a long `in`: `splits` blocks share the sum of a tile. Each writes its part of it, a second kernel adds
-// them in order. The other way, the last block to arrive adds them, needs a counter that something has set to zero
-// before: that is a launch as well, and fences and atomics.
+// Few tiles and a long `in`: `splits` neighbouring blocks share the sum of a tile (parts.cuh). Without clusters a second
+// kernel adds their parts. The other way, the last block to arrive adds them, needs a counter that something has set to
+// zero before: that is a launch as well, and fences and atomics.
 #include "grid_dependency.cuh"
 #include "kernels.h"
 #include "nf4_table.cuh"
+#include "parts.cuh"
 
 namespace peftkern {
 
@@ -41,7 +42,6 @@ constexpr int kPackedRow = 32;        // bytes of a row of W in a stage
 constexpr int kXRow = 128;            // bytes of a row of x in a stage
 constexpr int kXChunks = kXRow / 16;  // of 8 values
 constexpr int kLowRankDepth = 16;     // ranks of a step of the low-rank part
-constexpr int kSplitSteps = 4;        // a split is at least so many steps long
 constexpr int64_t kMaxSplits = 1 << 12;
 constexpr int64_t kMaxIn = 1 << 23;  // so that offsets within a tile fit 32 bits
 static_assert(kForwardColumns == kForwardThreads, "a thread brings the absmax of one row of W");
@@ -64,6 +64,7 @@ struct ForwardShared {
   static constexpr int kStageBytes = kAbsmax + 2 * kAbsmaxHalf;
   static constexpr int kBytes = kByteTableBytes + kStages * kStageBytes;
   static_assert(kBytes <= 99 * 1024, "what a block of sm_86, sm_89 and sm_120 may have");
+  static_assert(kBytes >= kRows * kForwardColumns * static_cast<int>(sizeof(float)), "the sums of a tile have room");
 
   // Blocks of a multiprocessor of sm_90, for __launch_bounds__.
   static constexpr int kBlocks = kRows >= 64 ? 2 : 3;
@@ -75,12 +76,12 @@ template <int kRows>
 struct ForwardTile {
   uint32_t tiles, index, split, row_tile, column_tile;
 
-  // Neighbouring blocks share rows of W, which come from memory; x comes from L2.
-  __device__ __forceinline__ explicit ForwardTile(const Nf4Forward& args) {
+  // Neighbouring blocks share a sum, then rows of W, which come from memory; x comes from L2.
+  __device__ __forceinline__ explicit ForwardTile(const Nf4Forward& args, uint32_t block = block_anew()) {
     const uint32_t row_tiles = static_cast<uint32_t>((args.rows + kRows - 1) / kRows);
     tiles = row_tiles * static_cast<uint32_t>((args.weight.out + kForwardColumns - 1) / kForwardColumns);
-    const uint32_t block = block_anew();
-    index = block % tiles, split = block / tiles;
+    const uint32_t splits = static_cast<uint32_t>(args.splits);
+    index = block / splits, split = block % splits;
     row_tile = index % row_tiles, column_tile = index / row_tiles;
   }
 
@@ -250,57 +251,126 @@ __device__ __forceinline__ void prefetch_factor(const Nf4Forward& args, const Fo
   }
 }
 
-// What is left to do with the sums: z, out_scale, bias, y.
+// The sums of a thread for the rows 8 i + 2 member + {0, 1}: [columns 4 group + 2 j + c] of row h is v[4 j + 2 c + h].
+using RowPair = Sums<8>;
+
+__device__ __forceinline__ RowPair row_pair(const float4& a, const float4& b) {
+  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+__device__ __forceinline__ RowPair row_pair(const float (&sum)[2][4]) {
+  return {{sum[0][0], sum[0][1], sum[0][2], sum[0][3], sum[1][0], sum[1][1], sum[1][2], sum[1][3]}};
+}
+
+template <int kRows>
+__device__ __forceinline__ bool has_rows(const Nf4Forward& args, const ForwardTile<kRows>& tile, int i,
+                                         uint32_t thread) {
+  return tile.row() + 8 * i + 2 * (thread % 4) < args.rows;
+}
+
+// What is left to do with the sums of a thread: z, out_scale, bias, y.
 template <class T, int kRows>
-__device__ __forceinline__ void store_tile(const Nf4Forward& args, const ForwardTile<kRows>& tile,
-                                           const ForwardSums<kRows>& sum) {
-  const uint32_t thread = thread_anew(), group = thread % 32 / 4, member = thread % 4;
-  const int64_t out = args.weight.out;
-  const int64_t column = tile.column() + thread / 32 * kWarpColumns + 4 * group, valid = out - column;
-  const bool y_aligned = quads_aligned<T>(args.y, out * sizeof(T)),
-             z_aligned = quads_aligned<T>(args.z, out * sizeof(T));
-  float out_scale[kQuad], bias[kQuad];
-  if (args.out_scale) load_quad(args.out_scale + column, valid, quads_aligned<float>(args.out_scale, 0), out_scale);
-  if (args.bias) load_quad(args.bias + column, valid, quads_aligned<float>(args.bias, 0), bias);
-#pragma unroll
-  for (int i = 0; i < kRows / 8; ++i) {
+class TileStore {
+ public:
+  __device__ __forceinline__ TileStore(const Nf4Forward& args, const ForwardTile<kRows>& tile, uint32_t thread)
+      : args_(args),
+        column_(tile.column() + thread / 32 * kWarpColumns + 4 * (thread % 32 / 4)),
+        row_(tile.row() + 2 * (thread % 4)),
+        y_aligned_(quads_aligned<T>(args.y, args.weight.out * sizeof(T))),
+        z_aligned_(quads_aligned<T>(args.z, args.weight.out * sizeof(T))) {
+    if (args.out_scale)
+      load_quad(args.out_scale + column_, valid(), quads_aligned<float>(args.out_scale, 0), out_scale_);
+    if (args.bias) load_quad(args.bias + column_, valid(), quads_aligned<float>(args.bias, 0), bias_);
+  }
+
+  __device__ __forceinline__ void store(int i, const RowPair& sum) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = tile.row() + 8 * i + 2 * member + h;
-      if (row >= args.rows) continue;
-      float v[kQuad] = {sum[i][0][h], sum[i][0][2 + h], sum[i][1][h], sum[i][1][2 + h]};
-      if (args.z) store_quad(static_cast<T*>(args.z) + row * out + column, valid, z_aligned, v);
+      const int64_t row = row_ + 8 * i + h, index = row * args_.weight.out + column_;
+      if (row >= args_.rows) continue;
+      float v[kQuad] = {sum.v[h], sum.v[2 + h], sum.v[4 + h], sum.v[6 + h]};
+      if (args_.z) store_quad(static_cast<T*>(args_.z) + index, valid(), z_aligned_, v);
 #pragma unroll
       for (int q = 0; q < kQuad; ++q) {
         // Two roundings whatever the compiler flags, as in low_rank_up.
-        if (args.out_scale) v[q] = __fmul_rn(v[q], out_scale[q]);
-        if (args.bias) v[q] = __fadd_rn(v[q], bias[q]);
+        if (args_.out_scale) v[q] = __fmul_rn(v[q], out_scale_[q]);
+        if (args_.bias) v[q] = __fadd_rn(v[q], bias_[q]);
       }
-      store_quad(static_cast<T*>(args.y) + row * out + column, valid, y_aligned, v);
+      store_quad(static_cast<T*>(args_.y) + index, valid(), y_aligned_, v);
     }
   }
-}
+
+ private:
+  __device__ __forceinline__ int64_t valid() const { return args_.weight.out - column_; }
+
+  const Nf4Forward& args_;
+  const int64_t column_, row_;
+  const bool y_aligned_, z_aligned_;
+  float out_scale_[kQuad], bias_[kQuad];
+};
 
 // The members that have rows, each two of every 8: with up to 8 rows in all the last ones may have none.
 __host__ __device__ constexpr int64_t part_members(int64_t tile_rows, int64_t rows) {
   return tile_rows == 8 ? (rows + 1) / 2 : 4;
 }
 
-// A tile's parts of the sums, as they lie in registers: [split][tile][i and j][member][warp][group] of 4 floats.
+// The row pairs of the threads of a tile, in the workspace: [part][tile][i][j][member][warp][group] of 4 floats.
 template <int kRows>
-struct PartOfTile {
-  float4* first;
-  int stride;  // to the next j, or i
-  bool stored;
+class PartsOfTile {
+ public:
+  __device__ __forceinline__ PartsOfTile(const Nf4Forward& args, const ForwardTile<kRows>& tile, uint32_t thread)
+      : stride_(static_cast<uint32_t>(part_members(kRows, args.rows)) * (kForwardThreads / 4)),
+        tiles_(tile.tiles),
+        first_(reinterpret_cast<float4*>(args.workspace) + tile.index * (kRows / 4) * static_cast<int64_t>(stride_) +
+               thread % 4 * (kForwardThreads / 4) + thread / 4) {}
 
-  __device__ __forceinline__ PartOfTile(const Nf4Forward& args, const ForwardTile<kRows>& tile, int64_t split) {
-    const uint32_t thread = thread_anew(), member = thread % 4;
-    const int members = static_cast<int>(part_members(kRows, args.rows));
-    stride = members * (kForwardThreads / 4), stored = member < members;
-    first = reinterpret_cast<float4*>(args.workspace) + (split * tile.tiles + tile.index) * (kRows / 4) * stride +
-            member * (kForwardThreads / 4) + thread / 4;
+  __device__ __forceinline__ RowPair load(int part, int i) const {
+    const float4* from = at(part, i);
+    return row_pair(from[0], from[stride_]);
   }
+  __device__ __forceinline__ void store(int part, int i, const RowPair& sum) const {
+    float4* to = at(part, i);
+    to[0] = make_float4(sum.v[0], sum.v[1], sum.v[2], sum.v[3]);
+    to[stride_] = make_float4(sum.v[4], sum.v[5], sum.v[6], sum.v[7]);
+  }
+
+ private:
+  __device__ __forceinline__ float4* at(int part, int i) const {
+    return first_ + (static_cast<int64_t>(part) * tiles_ * (kRows / 4) + 2 * i) * stride_;
+  }
+
+  uint32_t stride_, tiles_;
+  float4* first_;
 };
+
+// A cluster's parts of the sums of a tile, added up: each block takes some of the row pairs.
+template <class T, int kRows>
+__device__ __forceinline__ void add_in_cluster(const Nf4Forward& args, const ForwardTile<kRows>& tile, float4* own,
+                                               const ForwardSums<kRows>& sum) {
+  __syncthreads();  // the table and the stages, which were there, are used up
+#pragma unroll
+  for (int i = 0; i < kRows / 4; ++i) {
+    const float (&v)[4] = sum[i / 2][i % 2];
+    own[i * kForwardThreads + threadIdx.x] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  cluster_sync();
+  const unsigned blocks = cluster_blocks();
+  const ClusterShare share(kRows / 8 * kForwardThreads);
+  for (unsigned pair = share.first + threadIdx.x; pair < share.last; pair += kForwardThreads) {
+    const unsigned i = pair / kForwardThreads, thread = pair % kForwardThreads;
+    if (!has_rows(args, tile, i, thread)) continue;
+    const float4 *first = own + 2 * i * kForwardThreads + thread, *second = first + kForwardThreads;
+    RowPair total;
+    for (unsigned block = 0; block < blocks; ++block) {
+      total.add(row_pair(load_of_block(*first, block), load_of_block(*second, block)));
+    }
+    if (args.splits == blocks) {
+      TileStore<T, kRows>(args, tile, thread).store(i, total);
+    } else {
+      PartsOfTile<kRows>(args, tile, thread).store(tile.split / blocks, i, total);
+    }
+  }
+  cluster_sync();  // all have read
+}
 
 template <class T, int kRows>
 __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks)
@@ -406,35 +476,31 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShared<kRows>::kBlocks
     wait_for_launch_before();
     if (same_tile.split == 0) add_low_rank<kRows>(args, same_tile, warp_column, sum);
   }
+  const uint32_t thread = thread_anew();
   if (args.splits == 1) {
-    store_tile<T, kRows>(args, same_tile, sum);
-  } else {
-    const PartOfTile<kRows> part(args, same_tile, same_tile.split);
-    if (!part.stored) return;
+    const TileStore<T, kRows> to(args, same_tile, thread);
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const float (&v)[4] = sum[i / 2][i % 2];
-      part.first[i * part.stride] = make_float4(v[0], v[1], v[2], v[3]);
+    for (int i = 0; i < kTiles; ++i) to.store(i, row_pair(sum[i]));
+  } else if (cluster_blocks() > 1) {
+    add_in_cluster<T, kRows>(args, same_tile, reinterpret_cast<float4*>(shared), sum);
+  } else {
+    const PartsOfTile<kRows> to(args, same_tile, thread);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (has_rows(args, same_tile, i, thread)) to.store(same_tile.split, i, row_pair(sum[i]));
     }
   }
 }
 
-// The sum of the parts, in the order of the splits. A block for each tile.
+// The sum of the parts that are left. A block takes the row pairs i of a tile.
 template <class T, int kRows>
-__global__ void __launch_bounds__(kForwardThreads) nf4_forward_add_kernel(Nf4Forward args) {
-  const ForwardTile<kRows> tile(args);
-  ForwardSums<kRows> sum = {};
-  for (int64_t split = 0; split < args.splits; ++split) {
-    const PartOfTile<kRows> part(args, tile, split);
-    if (!part.stored) return;
-#pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      float (&v)[4] = sum[i / 2][i % 2];
-      const float4 more = part.first[i * part.stride];
-      v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
-    }
-  }
-  store_tile<T, kRows>(args, tile, sum);
+__global__ void __launch_bounds__(kForwardThreads) nf4_forward_add_kernel(Nf4Forward args, PartsLeft left) {
+  const ForwardTile<kRows> tile(args, blockIdx.x / (kRows / 8) * static_cast<uint32_t>(args.splits));
+  const int i = blockIdx.x % (kRows / 8);
+  if (!has_rows(args, tile, i, threadIdx.x)) return;
+  const PartsOfTile<kRows> from(args, tile, threadIdx.x);
+  const RowPair total = sum_of_parts<8>(left, [&](int part) { return from.load(part, i); });
+  TileStore<T, kRows>(args, tile, threadIdx.x).store(i, total);
 }
 
 template <class T, int kRows>
@@ -444,11 +510,12 @@ static cudaError_t launch_tiles(const Nf4Forward& args, int block_size_log2, cud
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(args.rows, kRows) * ceil_div(args.weight.out, kForwardColumns);
-  const unsigned blocks = static_cast<unsigned>(tiles * args.splits);
-  const cudaError_t launched =
-      launch_kernel(kernel, blocks, kForwardThreads, kBytes, stream, args.overlap, args, block_size_log2);
-  if (launched == cudaSuccess && args.splits > 1) {
-    nf4_forward_add_kernel<T, kRows><<<static_cast<unsigned>(tiles), kForwardThreads, 0, stream>>>(args);
+  const Launch launch = {static_cast<unsigned>(tiles * args.splits), kForwardThreads, stream, kBytes, args.overlap};
+  int64_t left = args.splits;
+  const cudaError_t launched = launch_kernel(kernel, launch, left, args, block_size_log2);
+  if (launched == cudaSuccess && left > 1) {
+    const unsigned blocks = static_cast<unsigned>(tiles * (kRows / 8));
+    nf4_forward_add_kernel<T, kRows><<<blocks, kForwardThreads, 0, stream>>>(args, PartsLeft(args.splits, left));
   }
   const cudaError_t last = cudaGetLastError();
   return launched == cudaSuccess ? last : launched;
@@ -481,9 +548,7 @@ cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream) {
 
 int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors) {
   const int64_t tiles = ceil_div(rows, forward_tile_rows(rows)) * ceil_div(out, kForwardColumns);
-  const int64_t wanted = tiles ? 2 * multiprocessors / tiles : 1, possible = in / (kForwardDepth * kSplitSteps);
-  const int64_t splits = wanted < possible ? wanted : possible;
-  return splits > 1 ? splits : 1;
+  return part_count(tiles, in, 2 * multiprocessors);
 }
 
 int64_t nf4_forward_workspace(const Nf4Forward& args) {

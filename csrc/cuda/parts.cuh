@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A sum made by several blocks: each writes its part to a workspace, a second kernel adds the parts in their order.
+// A sum made by several blocks: each makes a part of it. The parts are added in their order, 8 by 8, and these sums in
+// theirs: on sm_90 and later by a cluster of blocks, through shared memory (cluster.cuh); elsewhere, and the sums of 8
+// if there are several, through a workspace, by a second kernel. The bits are the same.
 #pragma once
 #include "../nf4.h"
 #include "convert.cuh"
+#include "launch.cuh"
 
 namespace peftkern {
 
@@ -14,21 +17,60 @@ __device__ __forceinline__ int64_t part_element() {
   return static_cast<int64_t>(blockIdx.x) * kPartThreads + threadIdx.x;
 }
 
-// How many parts give enough blocks, where `tiles` blocks do for one part, and there are at most max_parts. A function
-// of the shape alone, as is then the order of the sum.
-inline int64_t part_count(int64_t tiles, int64_t max_parts) {
-  const int64_t wanted = tiles ? kPartBlocks / tiles : 1;
-  return wanted < 1 || max_parts < 1 ? 1 : wanted < max_parts ? wanted : max_parts;
+// How many parts a sum over `terms` may have, so that it is worth it: below 256 terms they would be more bytes than x;
+// and with more than 8 of them a second launch comes after them.
+inline int64_t most_parts(int64_t terms) {
+  constexpr int64_t kFewest = 256, kFewestOfMany = 1024;
+  const int64_t few = terms / kFewest, many = terms / kFewestOfMany / kClusterBlocks * kClusterBlocks;
+  return few < 1 ? 1 : few <= kClusterBlocks ? few : many > kClusterBlocks ? many : kClusterBlocks;
 }
 
-// out[i] = scale * sum over p of workspace[p][i], for one i; nothing past the last one.
-__device__ __forceinline__ void sum_parts(int64_t i, const float* workspace, int64_t parts, int64_t n, float scale,
+// How many give enough blocks, where `tiles` blocks do for one part. A function of the shape alone, as is then the
+// order of the sum.
+inline int64_t part_count(int64_t tiles, int64_t terms, int64_t blocks = kPartBlocks) {
+  const int64_t wanted = tiles ? blocks / tiles : 1, most = most_parts(terms);
+  const int64_t parts = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  return parts > kClusterBlocks ? parts / kClusterBlocks * kClusterBlocks : parts;
+}
+
+// The parts of one launch, of which clusters have added up some: how many are left, and of how many the first sums are.
+struct PartsLeft {
+  int parts, together;
+
+  PartsLeft(int64_t made, int64_t left)
+      : parts(static_cast<int>(left)), together(left == made ? kClusterBlocks : 1) {}
+};
+
+// Neighbouring sums of a thread.
+template <int kCount>
+struct Sums {
+  float v[kCount] = {};
+
+  __device__ __forceinline__ void add(const Sums& more) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] += more.v[i];
+  }
+};
+
+// sum of get(part), a Sums<kCount>, in this order
+template <int kCount, class Get>
+__device__ __forceinline__ Sums<kCount> sum_of_parts(const PartsLeft& left, const Get& get) {
+  Sums<kCount> total, sum;
+#pragma unroll 8
+  for (int part = 0; part < left.parts; ++part) {
+    sum.add(get(part));
+    if ((part + 1) % left.together == 0) total.add(sum), sum = {};
+  }
+  total.add(sum);
+  return total;
+}
+
+// out[i] = sum over p of workspace[p][i], for one i; nothing past the last one.
+__device__ __forceinline__ void sum_parts(int64_t i, const float* workspace, const PartsLeft& left, int64_t n,
                                           void* out, DType dtype) {
   if (i >= n) return;
-  float total = 0.0f;
-#pragma unroll 8
-  for (int64_t part = 0; part < parts; ++part) total += workspace[part * n + i];
-  store_as(out, dtype, i, scale * total);
+  const Sums<1> total = sum_of_parts<1>(left, [&](int64_t part) { return Sums<1>{{workspace[part * n + i]}}; });
+  store_as(out, dtype, i, total.v[0]);
 }
 
 }  // namespace peftkern

@@ -25,7 +25,7 @@ from pathlib import Path
 from . import Module, buffer
 from .build import cache_dir, core, cuda_home, missing_tool, nvcc, write_whole
 from .module import NVCC_FLAGS
-from .ops import OPS, READ, STREAM, WRITE, Operand, wrappers
+from .ops import OPS, READ, STREAM, WORKSPACE, WRITE, Operand, wrappers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -276,7 +276,7 @@ class HostMemory:
                 self._check_extent(struct.__name__, operand, address, args)
                 memory = buffer.at(
                     address, operand.nbytes, operand.path,
-                    initialised=operand.access != WRITE, writable=operand.access != READ,
+                    initialised=operand.access not in (WRITE, WORKSPACE), writable=operand.access != READ,
                 )  # fmt: skip
                 self.buffers[operand.path] = (operand, memory)
         return [memory for _, memory in self.buffers.values()]
@@ -284,6 +284,8 @@ class HostMemory:
     def close(self) -> None:
         """After the last launch of a launcher: all outputs are complete."""
         for operand, memory in self.buffers.values():
+            if operand.access == WORKSPACE:
+                continue
             missing = int((~memory.initialised()).sum())
             assert not missing, f"{operand.path}: {missing} of {operand.nbytes} bytes were never written"
         self.raw, self.buffers = b"", {}

@@ -84,6 +84,9 @@ def gradient_cases() -> Iterator[tuple[str, dict]]:
     for a, b, rank_major in itertools.product(DTYPES, DTYPES, (False, True)):
         yield "low_rank_down", dict(rows=9, columns=512, rank=48, x=a, factor=b, rank_major=rank_major, p=0.1)
         yield "low_rank_grad", dict(rows=512, columns=64, rank=48, x=a, grad=b, rank_major=rank_major, p=0.1)
+    for x in DTYPES:  # more parts than a cluster has blocks
+        yield "low_rank_down", dict(rows=3, columns=1024 * 17, rank=2, x=x)
+        yield "low_rank_grad", dict(rows=1024 * 16 + 5, columns=16, rank=2, x=x, rank_major=bool(x), sums=x != F32)
     for x in DTYPES:  # enough tiles for a sum in one part
         yield "low_rank_down", dict(rows=128 * 200, columns=8, rank=2, x=x)
         yield "low_rank_grad", dict(rows=600, columns=128 * 140, rank=2, x=x)

@@ -169,6 +169,7 @@ def _multi_lora_grad(
         grad=problem.reserve("grad", adapters * rank * columns, TORCH_DTYPE[grad]), grad_dtype=grad,
         rank_major=rank_major,
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
         dropped = drop(values, p)
@@ -229,6 +230,13 @@ def multi_cases() -> Iterator[tuple[str, dict]]:
     for rank in (12, 24, 40):
         yield "multi_lora_down", dict(rows=260, columns=600, rank=rank, adapters=250, kind="few", x=F16)
         yield "multi_lora_grad", dict(rows=300, columns=40, rank=rank, adapters=2, x=F16, kind="one", p=0.2)
+    # slabs of the rows, some of them without any; more parts than a cluster has blocks
+    for i, dtype in enumerate(DTYPES):
+        for kind in ("one", "random", "few"):
+            yield "multi_lora_grad", dict(rows=1000, columns=72, rank=5 + 20 * i, adapters=3, x=dtype, kind=kind, p=0.1)
+        size = dict(rank=3, adapters=2, x=dtype, kind="random", own=False)
+        yield "multi_lora_grad", dict(rows=1024 * 16, columns=8, **size)
+        yield "multi_lora_down", dict(rows=5, columns=1024 * 16, **size)
     yield "multi_lora_grad", dict(rows=65, columns=64, rank=8, adapters=2, x=BF16, kind="one", own=False)
     for rows in (33, 65):  # a row more than half the warps, and a quarter of them, have
         yield "multi_lora_down", dict(rows=rows, columns=256, rank=12, adapters=2, x=BF16, kind="one", own=False)

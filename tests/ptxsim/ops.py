@@ -16,6 +16,7 @@ F32, BF16, F16 = range(3)
 """DType of csrc/dtypes.h."""
 
 READ, WRITE, UPDATE = "read", "write", "update"
+WORKSPACE = "workspace"  # what is in it at the end, and how much, is the launcher's affair
 
 STREAM = 0x57
 """The stream that the launchers are given, and have to use."""
@@ -61,9 +62,11 @@ class Factor(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("dtype", c_int32), ("rank_major", c_bool)]
 
 
-def part_count(tiles: int, max_parts: int) -> int:
-    """Of csrc/cuda/parts.cuh."""
-    return max(1, min(256 // tiles if tiles else 1, max_parts))
+def part_count(tiles: int, terms: int) -> int:
+    """Of csrc/cuda/parts.cuh: up to 8 parts of at least 256 terms, or a multiple of 8 of at least 1,024."""
+    most = max(1, min(8, terms // 256), terms // 1024 // 8 * 8)
+    parts = max(1, min(256 // tiles if tiles else 1, most))
+    return parts // 8 * 8 if parts > 8 else parts
 
 
 class LowRankDown(ctypes.Structure):
@@ -73,9 +76,9 @@ class LowRankDown(ctypes.Structure):
     ]  # fmt: skip
 
     def workspace_size(self) -> int:
-        """low_rank_down_workspace: 128 rows and up to 64 ranks a block, 256 columns at least."""
+        """low_rank_down_workspace: 128 rows and up to 64 ranks a block."""
         ranks = 16 if self.rank <= 16 else 32 if self.rank <= 32 else 64
-        parts = part_count(-(-self.rank // ranks) * -(-self.rows // 128), -(-self.columns // 256))
+        parts = part_count(-(-self.rank // ranks) * -(-self.rows // 128), self.columns)
         return parts * self.rows * self.rank if parts > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
@@ -83,7 +86,7 @@ class LowRankDown(ctypes.Structure):
         yield Operand("factor.data", self.columns * self.rank * size_of(self.factor.dtype), READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("out", self.rows * self.rank * 4, WRITE)
-        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
 
 
 class LowRankUp(ctypes.Structure):
@@ -112,9 +115,9 @@ class LowRankGrad(ctypes.Structure):
     ]  # fmt: skip
 
     def workspace_size(self) -> int:
-        """low_rank_grad_workspace: 128 columns and up to 32 ranks a block, 256 rows at least."""
+        """low_rank_grad_workspace: 128 columns and up to 32 ranks a block."""
         ranks = 16 if self.rank <= 16 else 32
-        slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128), self.rows // 256)
+        slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128), self.rows)
         return slabs * (self.rank + bool(self.sums)) * self.columns if slabs > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
@@ -123,7 +126,7 @@ class LowRankGrad(ctypes.Structure):
         yield Operand("dropout.seed", 8, READ)
         yield Operand("grad", self.columns * self.rank * size_of(self.grad_dtype), WRITE)
         yield Operand("sums", self.columns * 4, WRITE)
-        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
 
 
 class ColumnSums(ctypes.Structure):
@@ -195,7 +198,7 @@ class Nf4Forward(ctypes.Structure):
         yield Operand("factor.data", out * self.rank * size_of(self.factor.dtype), READ)
         yield Operand("out_scale", out * 4, READ)
         yield Operand("bias", out * 4, READ)
-        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
         yield Operand("z", matrix, WRITE)
         yield Operand("y", matrix, WRITE)
 
@@ -293,7 +296,7 @@ class MultiLoraDown(ctypes.Structure):
         rows = self.groups.rows
         ranks = 16 if self.rank <= 16 else 32 if self.rank <= 32 else 64
         tiles = -(-self.rank // ranks) * min(rows // 128 + self.groups.adapters + 1, rows)
-        parts = part_count(tiles, -(-self.columns // 256))
+        parts = part_count(tiles, self.columns)
         return parts * rows * self.rank if parts > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
@@ -305,7 +308,7 @@ class MultiLoraDown(ctypes.Structure):
         yield Operand("alphas", 4 * adapters, READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("out", rows * self.rank * 4, WRITE)
-        yield Operand("workspace", self.workspace_size() * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
 
 
 class MultiLoraUp(ctypes.Structure):
@@ -329,8 +332,14 @@ class MultiLoraGrad(ctypes.Structure):
     _fields_ = [
         ("u", c_void_p), ("x", c_void_p), ("x_dtype", c_int32), ("groups", RowGroups), ("columns", c_int64),
         ("rank", c_int64), ("ranks", c_void_p), ("alphas", c_void_p), ("alpha", c_float), ("dropout", Dropout),
-        ("grad", c_void_p), ("grad_dtype", c_int32), ("rank_major", c_bool),
+        ("grad", c_void_p), ("grad_dtype", c_int32), ("rank_major", c_bool), ("workspace", c_void_p),
     ]  # fmt: skip
+
+    def workspace_size(self) -> int:
+        """multi_lora_grad_workspace: as low_rank_grad's, where one adapter has all rows."""
+        ranks, adapters = 16 if self.rank <= 16 else 32, self.groups.adapters
+        slabs = part_count(-(-self.rank // ranks) * -(-self.columns // 128) * adapters, self.groups.rows)
+        return slabs * adapters * self.rank * self.columns if slabs > 1 else 0
 
     def operands(self) -> Iterator[Operand]:
         rows, adapters = self.groups.rows, self.groups.adapters
@@ -341,6 +350,7 @@ class MultiLoraGrad(ctypes.Structure):
         yield Operand("alphas", 4 * adapters, READ)
         yield Operand("dropout.seed", 8, READ)
         yield Operand("grad", adapters * self.columns * self.rank * size_of(self.grad_dtype), WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
 
 
 class SquaredRowNorms(ctypes.Structure):
@@ -413,8 +423,8 @@ class ImportanceUpdate(ctypes.Structure):
         yield Operand("grad_scale", 4, READ)
         yield Operand("sensitivity", state * 4, UPDATE)
         yield Operand("uncertainty", state * 4, UPDATE)
-        yield Operand("scores", self.triplets * 4, WRITE)
-        yield Operand("workspace", self.SCORE_PARTS * self.triplets * 4, WRITE)
+        yield Operand("scores", self.triplets * 4, WORKSPACE)
+        yield Operand("workspace", self.SCORE_PARTS * self.triplets * 4, WORKSPACE)
 
 
 class RankMask(ctypes.Structure):

@@ -37,11 +37,12 @@ OPERANDS = {
     },
     "low_rank_grad": {
         "x": "x[i][half].load(", "u": "from[row * ranks", "grad": "store_as(args.grad",
-        "sums": "[first_column + c] = total", "sums ": "slab_sums(args, slabs, 0)", "grad ": "workspace[index]",
+        "sums": "[first_column + c] = total", "sums ": "part_sums(args, left.parts, 0)", "grad ": "workspace[index]",
         "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype",
     },
     "multi_lora_grad": {
-        "x": "x[i][half].load(", "u": "from[row * ranks", "grad": "store_as(args.grad", "plan": "order_[entry]",
+        "x": "x[i][half].load(", "u": "from[row * ranks", "grad": "store_as(args.grad", "grad ": "part[index] = value",
+        "grad  ": "workspace[part * n", "grad   ": "store_as(out, dtype", "plan": "order_[entry]",
         "plan ": "groups.offsets[",
     },
     "nf4_gradient": {
@@ -59,7 +60,7 @@ OPERANDS = {
         "u": "load_quad(args.u", "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale",
         "bias": "load_quad(args.bias",
         "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
-        "workspace": "part.first[i * part.stride]",
+        "workspace": "to[0] =", "workspace ": "to[stride_] =", "workspace  ": "row_pair(from[0], from[stride_])",
     },
     "quantize_absmax": {
         "absmax, for the mean": "args.absmax[i]", "absmax": "load_quad(args.absmax", "codes": "(codes) = word",

@@ -70,7 +70,7 @@ class Problem:
         outputs = {}
         for name, memory in self.buffers.items():
             content, lead = memory.numpy(np.uint8).tobytes(), self.offsets[name]
-            if not memory.writable:
+            if not memory.writable or name == "workspace":  # what is in it depends on the architecture
                 continue
             if name in self.inputs:
                 assert content[:lead] == self.inputs[name][:lead], f"{op}: written before the start of {name}"
