@@ -231,8 +231,8 @@ class Device:
 class Recorder(Device):
     """Notes which kernels the launchers ask for, and runs none. fails: the index of a launch that reports an error."""
 
-    def __init__(self, fails: int | None = None):
-        super().__init__("sm_80")
+    def __init__(self, fails: int | None = None, arch: str = "sm_80"):
+        super().__init__(arch)
         self.fails = fails
 
     def _launch(self, name: str, grid: tuple, block: tuple, shared_memory: int, *_) -> int:

@@ -31,22 +31,29 @@ __device__ float load_float(unsigned address) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");  // <- BUG_UNWRITTEN
   return value;
 }
+__device__ void store_int(unsigned address, int value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
 __device__ float load_as_own(unsigned address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
 
+#ifndef STRIDE
+#define STRIDE 1
+#endif
+
 // Every block adds up what all blocks of its cluster have. The first barrier publishes the values, the last one keeps
 // them where they are until all have read.
 __global__ void sum_of_blocks(const float* x, float* y) {
-  __shared__ float values[64];
+  __shared__ float values[64 * STRIDE];
   const unsigned t = threadIdx.x, blocks = cluster_blocks();
-  float sum = 0;
+  float *own = values + t * STRIDE, sum = 0;
 #ifdef BUG_UNWRITTEN
   if (t != 5)
 #endif
-    values[t] = x[blockIdx.x * 64 + t];  // <- BUG_NO_BARRIER, BUG_BLOCK_BARRIER, BUG_RELAXED_ARRIVE
+    *own = x[blockIdx.x * 64 + t];  // <- BUG_NO_BARRIER, BUG_BLOCK_BARRIER, BUG_RELAXED_ARRIVE
 #if defined BUG_BLOCK_BARRIER
   __syncthreads();
 #elif defined BUG_RELAXED_ARRIVE
@@ -71,18 +78,18 @@ __global__ void sum_of_blocks(const float* x, float* y) {
   wait();
 #endif
 #if defined BUG_RANK_TOO_HIGH
-  sum += load_float(address_of(values + t, blocks));  // <- BUG_RANK_TOO_HIGH
+  sum += load_float(address_of(own, blocks));  // <- BUG_RANK_TOO_HIGH
 #elif defined BUG_PAST_THE_END
-  sum += load_float(address_of(values + t + 1, blocks - 1));  // <- BUG_PAST_THE_END
+  sum += load_float(address_of(own + 1, blocks - 1));  // <- BUG_PAST_THE_END
 #elif defined BUG_MAPPED_TWICE
-  unsigned address = address_of(values + t, 0);
+  unsigned address = address_of(own, 0);
   asm("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(address));
   sum += load_float(address);  // <- BUG_MAPPED_TWICE
 #elif defined BUG_PLAIN_LOAD
-  sum += load_as_own(address_of(values + t, 0));  // <- BUG_PLAIN_LOAD
+  sum += load_as_own(address_of(own, 0));  // <- BUG_PLAIN_LOAD
 #endif
   for (unsigned rank = 0; rank < blocks; ++rank) {
-    sum += load_float(address_of(values + t, rank));  // <- BUG_NO_BARRIER, BUG_BLOCK_BARRIER, BUG_RELAXED_ARRIVE
+    sum += load_float(address_of(own, rank));  // <- BUG_NO_BARRIER, BUG_BLOCK_BARRIER, BUG_RELAXED_ARRIVE
   }
 #if defined BUG_LAST_RELAXED
   arrive_relaxed();
@@ -93,72 +100,77 @@ __global__ void sum_of_blocks(const float* x, float* y) {
   y[blockIdx.x * 64 + t] = sum;
 }  // <- BUG_NO_LAST_BARRIER, BUG_LAST_RELAXED
 
-// Each round a block writes into the next one's memory what it has got from the one before, so that after `rounds` of
-// them y is x of the block that lies so far behind. Between the halves of the barrier there is work of its own.
+// Each round a block writes into the next one's memory what it got from the one before.
 __global__ void pass_on(const int* x, int* y, int rounds) {
   __shared__ int inbox[64];
-  const unsigned t = threadIdx.x, blocks = cluster_blocks(),
-                 next = address_of(inbox + t, (cluster_rank() + 1) % blocks);
+  const unsigned t = threadIdx.x, next = address_of(inbox + t, (cluster_rank() + 1) % cluster_blocks());
   int value = x[blockIdx.x * 64 + t];
-  arrive_relaxed();  // all blocks have started
 #ifndef BUG_MAY_NOT_HAVE_STARTED
+  arrive_relaxed();  // all have started
   wait();
 #endif
   for (int round = 0; round < rounds; ++round) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(next), "r"(value) : "memory");
-#ifdef BUG_MAY_NOT_HAVE_STARTED
-    if (round == 0) wait();
-#endif
-    arrive();
-    const int steps = round + 1;
-    wait();
+    store_int(next, value);  // <- BUG_MAY_NOT_HAVE_STARTED, BUG_NO_SECOND_BARRIER
+    cluster_sync();
     value = inbox[t];  // <- BUG_NO_SECOND_BARRIER
 #ifndef BUG_NO_SECOND_BARRIER
     cluster_sync();
 #endif
-    y[blockIdx.x * 64 + t] = value + 1000 * steps;
   }
+  y[blockIdx.x * 64 + t] = value;
 }
 
 // Wide loads, and an atomic.
-__global__ void wide(const float4* x, float4* y, int* counts) {
+__global__ void wide(const float4* x, float4* y, unsigned* counts) {
   __shared__ float4 values[32];
-  __shared__ int arrivals;
-  const unsigned t = threadIdx.x, other = cluster_blocks() - 1 - cluster_rank();
+  __shared__ unsigned count;
+  const unsigned t = threadIdx.x, rank = cluster_rank();
   values[t] = x[blockIdx.x * 32 + t];
-  if (t == 0) arrivals = 0;
+  if (t == 0) count = 0;
   cluster_sync();
   float4 v;
-  unsigned long long low;
-  const unsigned address = address_of(values + t, other);
+  unsigned long long half;
+  const unsigned address = address_of(values + t, cluster_blocks() - 1 - rank);
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(address)
                : "memory");
-  asm volatile("ld.shared::cluster.u64 %0, [%1 + 0];" : "=l"(low) : "r"(address) : "memory");
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2 + 8];" : "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], 1;" ::"r"(address_of(&arrivals, 0)) : "memory");
-  v.x = __uint_as_float(static_cast<unsigned>(low));
+  asm volatile("ld.shared::cluster.u64 %0, [%1 + 8];" : "=l"(half) : "r"(address) : "memory");
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], 1;" ::"r"(address_of(&count, 0)) : "memory");
+  v.x = __uint_as_float(half), v.y = __uint_as_float(half >> 32);
   cluster_sync();
   y[blockIdx.x * 32 + t] = v;
-  if (t == 0) counts[blockIdx.x] = arrivals;
+  if (t == 0 && rank == 0) counts[blockIdx.x / cluster_blocks()] = count;
 }
 
-// A block that ends counts as arrived: the others do not wait for it.
+// A block that has ended counts as arrived: the others do not wait for it.
 __global__ void early_end(int* y) {
   if (cluster_rank() == 0) return;
   cluster_sync();
-  y[blockIdx.x * 32 + threadIdx.x] = 1;
+  y[blockIdx.x * 32 + threadIdx.x] = cluster_rank();
 }
 
-// What a block wrote to global memory before the barrier, too, is ordered before what the others do after it.
+// What a block wrote to global memory before the barrier is ordered before what the others do after it.
 __global__ void through_global(const float* x, float* y, float* z) {
-  const unsigned t = blockIdx.x * 32 + threadIdx.x;
-  y[t] = x[t];  // <- BUG_BLOCK_BARRIER
-#ifdef BUG_BLOCK_BARRIER
+  const unsigned t = blockIdx.x * 32 + threadIdx.x, rank = cluster_rank();
+  y[t] = x[t];  // <- BUG_NOT_PUBLISHED
+#ifdef BUG_NOT_PUBLISHED
   __syncthreads();
 #else
   cluster_sync();
 #endif
-  z[t] = y[t ^ 32];  // <- BUG_BLOCK_BARRIER
+  z[t] = y[t + ((rank + 1) % cluster_blocks() - rank) * 32];  // <- BUG_NOT_PUBLISHED
 }
+
+// May overlap with the launch that writes `filled` (grid_dependency.cu).
+__global__ void after_fill(const float* filled, float* y) {
+  cluster_sync();
+#ifdef BUG_ONE_BLOCK_WAITS
+  if (cluster_rank() == 0)
+#endif
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  y[blockIdx.x * 32 + threadIdx.x] = filled[threadIdx.x];  // <- BUG_ONE_BLOCK_WAITS
+}
+
+__global__ void meet() { cluster_sync(); }
