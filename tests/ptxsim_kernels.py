@@ -2,6 +2,7 @@
 """The simulator's own kernels (tests/ptxsim/kernels), compiled once, and numbers for them."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,17 @@ INT, FLOAT = np.int32, np.float32
 @functools.cache
 def compiled(file: str, arch: str = "sm_80", defines: tuple = ()) -> Module:
     return Module.from_cuda(KERNELS / file, arch, defines)
+
+
+def marked_lines(file, mark):
+    lines = (KERNELS / file).read_text().splitlines()
+    pattern = re.compile(rf"<- .*\b{mark}\b")
+    return {number for number, line in enumerate(lines, 1) if pattern.search(line)}
+
+
+def reported_lines(result, kind, file):
+    sides = [line for report in result.reports if report.kind == kind for line in (report.line, report.other_line)]
+    return {place.line for line in sides if line for place in line.chain() if place.file == file}
 
 
 def random(*shape, seed=0):

@@ -17,7 +17,19 @@ from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, autotune_on, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, Nf4Forward, Nf4Matrix, QuantizeNf4
+from ptxsim.ops import (
+    BF16,
+    F16,
+    F32,
+    OPS,
+    STREAM,
+    ColumnSums,
+    DequantizeNf4,
+    JacobiSvd,
+    Nf4Forward,
+    Nf4Matrix,
+    QuantizeNf4,
+)
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -29,6 +41,7 @@ from ptxsim.ops_cases import (
     dropout_argument,
     threshold_of,
 )
+from ptxsim_kernels import compiled
 from samples import NF4_SAMPLES, SAMPLES
 from test_rank_allocation import as_parameters, make_layers, new_state, replace_gradients
 from torch import nn
@@ -257,6 +270,38 @@ def test_the_runtime_refuses(faulty_launchers, fault):
     with recorder.active():
         assert getattr(faulty_launchers, fault)() == FAULTS[fault][0]
     assert len(recorder.launched) == (FAULTS[fault][0] == 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "blocks", "x", "y", "error"),
+    [
+        ("sm_90", 6, 3, 1, 0),
+        ("sm_90", 8, 8, 1, 0),
+        ("sm_80", 6, 3, 1, 912),
+        ("sm_80", 6, 1, 1, 912),
+        ("sm_90", 7, 3, 1, 912),
+        ("sm_90", 16, 16, 1, 912),
+        ("sm_90", 6, 0, 1, 912),
+        ("sm_90", 6, 3, 2, 912),
+    ],
+)
+def test_clusters_the_runtime_refuses(faulty_launchers, arch, blocks, x, y, error):
+    """cudaErrorInvalidClusterSize"""
+    recorder = Recorder(arch=arch)
+    with recorder.active():
+        assert faulty_launchers.cluster_launch(blocks, x, y, None) == error
+    assert len(recorder.launched) == (error == 0)
+
+
+def test_a_launcher_of_clusters(faulty_launchers):
+    class Meeting(Device):
+        def kernel(self, name):
+            return compiled("cluster.cu", "sm_90").kernel("meet")
+
+    device = Meeting("sm_90")
+    with device.active():
+        assert faulty_launchers.cluster_launch(6, 3, 1, ctypes.c_void_p(STREAM)) == 0
+    assert device.clusters == [3] and device.results[0].stats["cluster_wait"] == 6
 
 
 def test_an_error_nobody_asked_for_shows_up(faulty_launchers):

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from ptxsim import Buffer, KernelFault, Module, PtxError, buffer, build, missing_tool
 from ptxsim import module as module_file
-from ptxsim_kernels import ARCHS, FLOAT, INT, KERNELS, compiled, from_bfloat, integers, random
+from ptxsim_kernels import (
+    ARCHS,
+    FLOAT,
+    INT,
+    compiled,
+    from_bfloat,
+    integers,
+    marked_lines,
+    random,
+    reported_lines,
+)
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
@@ -224,17 +234,6 @@ BUGS = [
     ("gemm_3", "BUG_NO_BARRIER", "race"),
     ("gemm_3", "BUG_LOAD_BEFORE_BARRIER", "race"),
 ]
-
-
-def marked_lines(file, mark):
-    lines = (KERNELS / file).read_text().splitlines()
-    pattern = re.compile(rf"<- .*\b{mark}\b")
-    return {number for number, line in enumerate(lines, 1) if pattern.search(line)}
-
-
-def reported_lines(result, kind, file):
-    sides = [line for report in result.reports if report.kind == kind for line in (report.line, report.other_line)]
-    return {place.line for line in sides if line for place in line.chain() if place.file == file}
 
 
 @pytest.mark.parametrize(("name", "bug", "kind"), BUGS, ids=[f"{name}-{bug}-{kind}" for name, bug, kind in BUGS])
@@ -502,7 +501,8 @@ def ptx_with(*instructions):
         "add.sat.s32 %r1, %r2, %r3",
         "max.s32 %r1, %r2, %r3, %r4",
         "prmt.b32.f4e %r1, %r2, %r3, %r4",
-        "ld.shared::cluster.u32 %r1, [%r2]",
+        "cp.async.ca.shared::cluster.global [%r1], [%r2], 4",
+        "mapa.u64 %r1, %r2, %r3",
         "cvt.rn.satfinite.e4m3x2.f32 %r1, %r2, %r3",
         "cvt.rz.bf16x2.f32 %r1, %r2, %r3",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r2}, {%r3}, {%r4}",

@@ -16,9 +16,10 @@
 namespace {
 
 // Returns a cudaError_t: the simulator refuses blocks above the launch bounds and passes its own failures on.
-// overlaps: programmatic stream serialization, so the launch may start before the one before it has ended.
+// overlaps: programmatic stream serialization, so the launch may start before the one before it has ended. cluster: so
+// many blocks along x run together.
 using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared_memory,
-                               void* stream, void** arguments, int overlaps);
+                               void* stream, void** arguments, int overlaps, unsigned cluster);
 
 struct Kernel {
   std::string name;                    // mangled, as in the PTX
@@ -32,6 +33,7 @@ struct Configuration {
 };
 
 constexpr int kMaxSharedMemory = 227 * 1024;  // of a block, sm_90 and sm_100; sm_80 has 163 KB
+constexpr unsigned kMaxCluster = 8;           // without cudaFuncAttributeNonPortableClusterSizeAllowed
 
 using Clock = std::chrono::steady_clock;
 
@@ -65,14 +67,14 @@ bool valid(dim3 grid, dim3 block) {
 }
 
 cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory, void* stream,
-                   bool overlaps) {
+                   bool overlaps, unsigned cluster) {
   const auto kernel = kernels().find(stub);
   if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
   if (!valid(grid, block)) return record(cudaErrorInvalidConfiguration);
   if (shared_memory > static_cast<size_t>(kernel->second.max_dynamic_shared)) return record(cudaErrorInvalidValue);
   const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
-  return record(static_cast<cudaError_t>(
-      callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory, stream, arguments, overlaps)));
+  return record(static_cast<cudaError_t>(callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory,
+                                                  stream, arguments, overlaps, cluster)));
 }
 
 }  // namespace
@@ -117,18 +119,29 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
 }
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
                              cudaStream_t stream) {
-  return launch(stub, grid, block, arguments, shared_memory, stream, false);
+  return launch(stub, grid, block, arguments, shared_memory, stream, false, 1);
 }
-// Of the attributes of a launch only that one is known, and code that cannot wait is refused it.
+// Of the attributes of a launch only these two are known, and code of an architecture without them is refused them.
+// (Which error the real runtime gives for a wrong cluster is read from its manual, not seen.)
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
   bool overlaps = false;
+  unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return record(cudaErrorInvalidValue);
-    overlaps = attribute.val.programmaticStreamSerializationAllowed;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      overlaps = attribute.val.programmaticStreamSerializationAllowed;
+    } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      const auto& size = attribute.val.clusterDim;
+      const bool fits = size.x >= 1 && size.x <= kMaxCluster && size.y == 1 && size.z == 1;
+      if (ptx_version < 90 || !fits || config->gridDim.x % size.x) return record(cudaErrorInvalidClusterSize);
+      cluster = size.x;
+    } else {
+      return record(cudaErrorInvalidValue);
+    }
   }
   if (overlaps && ptx_version < 90) return record(cudaErrorInvalidValue);
-  return launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream, overlaps);
+  return launch(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream, overlaps,
+                cluster);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared_memory,
                                cudaStream_t stream) {
@@ -202,6 +215,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
+    case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     default: return "unrecognized error code";
   }

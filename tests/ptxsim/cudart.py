@@ -95,7 +95,7 @@ def host_library_path() -> Path:
 
 LaunchCallback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
-    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int,
+    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_uint,
 )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def _dispatch(name, grid, block, shared_memory, stream, arguments, overlaps) -> int:
+def _dispatch(name, grid, block, shared_memory, stream, arguments, overlaps, cluster) -> int:
     return _current.devices[-1]._launch(
-        name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_memory, stream, arguments, bool(overlaps)
+        name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_memory, stream, arguments, bool(overlaps), cluster
     )
 
 
@@ -149,6 +149,7 @@ class Device:
         self.results: list = []
         self.launched: list[tuple[str, tuple, tuple, int]] = []
         self.overlapping: list[str] = []  # those of the launched that may overlap with the launch before
+        self.clusters: list[int] = []  # of each of the launched, the blocks that run together
         self.host_memory = HostMemory() if host_memory else None
         self.failure: Exception | None = None
 
@@ -191,19 +192,23 @@ class Device:
         return self.results
 
     def _launch(
-        self, name: str, grid: tuple, block: tuple, shared_memory: int, stream: int | None, arguments, overlaps: bool
-    ) -> int:
+        self, name: str, grid: tuple, block: tuple, shared_memory: int, stream: int | None, arguments, overlaps: bool,
+        cluster: int,
+    ) -> int:  # fmt: skip
         try:
             assert stream == STREAM, f"{name}: launched on another stream than the launcher was given"
             self.launched.append((name, grid, block, shared_memory))
             self.overlapping += [name] if overlaps else []
-            self._simulate(name, grid, block, shared_memory, arguments, overlaps)
+            self.clusters.append(cluster)
+            self._simulate(name, grid, block, shared_memory, arguments, overlaps, cluster)
         except Exception as error:  # no exception may pass through the C++ of the launcher
             self.failure = self.failure or error
             return LAUNCH_FAILURE
         return 0
 
-    def _simulate(self, name: str, grid: tuple, block: tuple, shared_memory: int, arguments, overlaps: bool) -> None:
+    def _simulate(
+        self, name: str, grid: tuple, block: tuple, shared_memory: int, arguments, overlaps: bool, cluster: int
+    ) -> None:
         kernel = self.kernel(name)
         raw = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(kernel.parameters)]
         buffers = self.host_memory.enter(kernel, raw[0]) if self.host_memory else self.buffers
@@ -217,6 +222,7 @@ class Device:
                 schedule=self.schedule,
                 buffers=buffers,
                 overlaps=self.results[-1] if overlaps and self.results else None,
+                cluster=cluster,
                 **self.options(name),
             )
         )
@@ -225,8 +231,8 @@ class Device:
 class Recorder(Device):
     """Notes which kernels the launchers ask for, and runs none. fails: the index of a launch that reports an error."""
 
-    def __init__(self, fails: int | None = None):
-        super().__init__("sm_80")
+    def __init__(self, fails: int | None = None, arch: str = "sm_80"):
+        super().__init__(arch)
         self.fails = fails
 
     def _launch(self, name: str, grid: tuple, block: tuple, shared_memory: int, *_) -> int:

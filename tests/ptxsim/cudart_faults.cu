@@ -31,6 +31,16 @@ int shared_memory_with_attribute() {
   nothing<<<1, 32, 60 * 1024>>>();
   return cudaGetLastError();
 }
+int cluster_launch(unsigned blocks, unsigned x, unsigned y, cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = x, attribute.val.clusterDim.y = y, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(32), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, nothing);
+  return cudaGetLastError();
+}
 int forgotten_error() {
   nothing<<<0, 32>>>();
   return 0;

@@ -26,7 +26,7 @@ SPECIAL_REGISTERS = {
         _words(
             "%tid.x %tid.y %tid.z %ntid.x %ntid.y %ntid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y %nctaid.z "
             "%laneid %warpid %lanemask_eq %lanemask_lt %lanemask_le %lanemask_gt %lanemask_ge %dynamic_smem_size "
-            "%nwarpid %smid %total_smem_size"
+            "%nwarpid %smid %total_smem_size %cluster_ctarank %cluster_nctarank"
         )
     )
 }
@@ -51,7 +51,7 @@ MODIFIERS = set(
     _words(
         "lo hi wide approx full uni sync aligned cta gpu sys cluster gl sc weak noftz proxy v2 v4 v8 nc to l r clamp "
         "wrap shiftamt ca cg cs cv lu wb wt up down bfly idx all any ballot warp arrive red popc shared::cta "
-        "param::entry param::func async commit_group wait_group wait_all m8n8 x1 x2 x4 trans row col "
+        "shared::cluster param::entry param::func async commit_group wait_group wait_all m8n8 x1 x2 x4 trans row col "
         "launch_dependents wait m16n8k4 m16n8k8 m16n8k16 m16n8k32 "
         "finite infinite number notanumber normal subnormal"
     )
@@ -260,6 +260,8 @@ class Decoder:
         if name == "_":
             return -1
         if name in SPECIAL_REGISTERS:
+            if name.startswith("%cluster"):
+                self._need_clusters()
             return SPECIAL_REGISTERS[name]
         if name == "WARP_SZ":
             return self._number(32)
@@ -303,6 +305,11 @@ class Decoder:
             (self.machine.SPACES[m.split("::")[0]] for m in self.modifiers if m.split("::")[0] in self.machine.SPACES),
             0,
         )
+        if "shared::cluster" in self.modifiers:
+            self._need_clusters()
+            if opcode not in ("ld", "st", "atom", "red", "mapa"):
+                raise self._unsupported()
+            self.record["space"] = self.machine.SPACES["shared_cluster"]
         self._set_flags(*(flag for modifier, flag in FLAG_NAMES.items() if modifier in self.modifiers))
         if STRONG & set(self.modifiers):
             self._set_flags("strong")
@@ -321,6 +328,10 @@ class Decoder:
             decode(*operands)
         except (TypeError, KeyError, IndexError) as error:  # other operands or modifiers than the decoder expects
             raise self._unsupported() from error
+
+    def _need_clusters(self) -> None:
+        if self.ptx.target < 90:
+            raise PtxError(f"clusters need sm_90, this is sm_{self.ptx.target}: {self.text} (at {self.line})")
 
     def _unsupported(self) -> PtxError:
         return PtxError(f"unsupported instruction: {self.text} (at {self.line})")
@@ -391,6 +402,11 @@ class Decoder:
             self._simple("clock", [to], [])
         else:
             self._simple("mov", [to], [source])
+
+    def _decode_mapa(self, to, address, rank):
+        if self.modifiers != ["shared::cluster", "u32"]:
+            raise self._unsupported()
+        self._simple("mapa", [to], [address, rank])
 
     def _decode_lop3(self, to, a, b, c, table):
         self._simple("lop3", [to], [a, b, c], modifier=parse_number(table))
@@ -532,9 +548,15 @@ class Decoder:
         self._simple("bar", destinations, sources, modifier=modifier)
 
     def _decode_barrier(self, *operands):
-        if self._has("cluster"):
-            raise self._unsupported()
-        self._decode_bar(*operands, aligned=False)
+        if not self._has("cluster"):
+            return self._decode_bar(*operands, aligned=False)
+        self._need_clusters()
+        if self._has("aligned"):
+            self._set_flags("aligned")
+        arrives = self._which("wait", "arrive")
+        if arrives and not self._has("relaxed"):
+            self._set_flags("release")
+        self._simple("cluster_arrive" if arrives else "cluster_wait", [], list(operands))
 
     def _decode_fence(self):
         self._emit("nop" if self._has("cta", "proxy") else "fence")

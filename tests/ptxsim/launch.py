@@ -19,6 +19,7 @@ from .report import Result
 
 MAX_SHARED_BYTES = 232448  # of a block on sm_90 and sm_100; smaller cards are the launcher's business
 MAX_THREADS = 1024
+MAX_CLUSTER = 8  # more is not portable
 SCHEDULES = ("default", "random", "chaos")
 
 
@@ -71,6 +72,7 @@ class Kernel:
         drop: int | None = None,
         blocks: tuple[int, ...] = (),
         overlaps: Result | None = None,
+        cluster: int = 1,
     ) -> Result:
         """Runs the kernel to its end, or to its 200th report.
 
@@ -78,8 +80,10 @@ class Kernel:
         buffers: what else the kernel can reach, through addresses inside raw bytes.
         schedule: "default" runs warps in order; "random" interleaves them by `seed`; "chaos" splits warps as well.
         drop: an instruction to leave out, for mutation tests.
-        blocks: the blocks to run of a grid that is too large to run all; negative ones count from its end.
+        blocks: the blocks to run of a grid that is too large to run all, with the rest of their clusters; negative ones
+            count from its end.
         overlaps: the launch before, if this one may start while that one runs (programmatic dependent launch).
+        cluster: so many blocks, neighbours along x, run together and see each other's shared memory (sm_90).
         """
         grid, block = _extents(grid), _extents(block)
         threads = int(np.prod(block))
@@ -89,6 +93,8 @@ class Kernel:
             raise PtxError(f"{self.signature}: invalid grid {grid} or block {block}")
         if threads > self.max_threads:
             raise PtxError(f"{self.signature}: block of {threads} threads, its launch bound is {self.max_threads}")
+        if cluster != 1 and (self.module.ptx.target < 90 or not 1 <= cluster <= MAX_CLUSTER or grid[0] % cluster):
+            raise PtxError(f"{self.signature}: invalid clusters of {cluster} blocks in a grid {grid}")
         shared_bytes = max([v.address for v in self.program.dynamic_shared] + [self.program.static_shared]) + smem
         if shared_bytes > MAX_SHARED_BYTES:
             raise PtxError(f"{self.signature}: {shared_bytes} bytes of shared memory, a block has {MAX_SHARED_BYTES}")
@@ -100,7 +106,7 @@ class Kernel:
                 reachable.append(owner)
 
         config = core().LaunchConfig()
-        config.grid, config.block = grid, block
+        config.grid, config.block, config.cluster = grid, block, cluster
         config.shared_bytes, config.local_bytes = shared_bytes, self.program.local_bytes
         config.dynamic_shared_bytes = smem
         config.param_bytes, config.slots = self.parameter_bytes, self.program.slots

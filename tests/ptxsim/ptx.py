@@ -37,6 +37,7 @@ class Function:
 @dataclass
 class PtxFile:
     files: dict[int, str] = field(default_factory=dict)  # of .loc
+    target: int = 0  # of sm_90a: 90
     variables: dict[str, Variable] = field(default_factory=dict)
     entries: dict[str, tuple[str, str]] = field(default_factory=dict)  # mangled name -> (head, body)
     functions: dict[str, Function] = field(default_factory=dict)
@@ -110,6 +111,8 @@ def parse_file(text: str) -> PtxFile:
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     ptx = PtxFile({int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)})
+    if target := re.search(r"^\s*\.target\s+sm_(\d+)", text, re.M):
+        ptx.target = int(target[1])
     position = 0
     while match := _TOP_LEVEL.search(text, position):
         position = match.end()

@@ -21,14 +21,14 @@ CLASSES = {
     "memory": "ld st atom cp_async ldmatrix stmatrix",
     "control": "bra brx exit trap assertfail",
     "mma": "mma",
-    "sync": "bar warpsync cp_commit cp_wait cp_wait_all fence",
+    "sync": "bar cluster_arrive cluster_wait warpsync cp_commit cp_wait cp_wait_all fence",
     "warp": "shfl vote match redux activemask",
     "special": "sqrt rsqrt rcp ex2 lg2 sin cos tanh",
-    "move": "mov pack unpack cvta",
+    "move": "mov pack unpack cvta mapa",
     "convert": "cvt cvt2",
 }
 CLASS_OF = {op: name for name, ops in CLASSES.items() for op in ops.split()}  # others: "alu"
-COUNTED_OPS = ["mma", "bar", "warpsync", "shfl", "ldmatrix", "stmatrix", "cp_async", "atom"]
+COUNTED_OPS = ["mma", "bar", "cluster_wait", "warpsync", "shfl", "ldmatrix", "stmatrix", "cp_async", "atom"]
 
 
 class KernelFault(AssertionError):
@@ -94,6 +94,8 @@ class Result:
         name = spaces.get(index, "parameters" if index == machine.BUFFER_PARAM else None)
         if buffer is not None:
             name = buffer.name or f"buffer {index}"
+        elif index == machine.BUFFER_SHARED and (rank := address >> machine.RANK_SHIFT):
+            name, address = f"shared memory of rank {rank - 1}", address & (1 << machine.RANK_SHIFT) - 1
         return Report(
             kind=self._kinds[record["kind"]],
             kernel=self.kernel.signature,
@@ -159,9 +161,10 @@ class Result:
 
     @property
     def stats(self) -> dict:
-        """Totals. Bytes and sectors are of global memory, waves of shared memory. Of `distinct_bytes` a sector counts
-        once if it was read before the launch wrote it, and once if it was written: what the memory behind an L2 moves
-        that is empty before the launch and holds all that the launch touches."""
+        """Totals. Bytes and sectors are of global memory, waves of shared memory, that of other
+        blocks of the cluster included, whose bytes are `remote_bytes`. Of `distinct_bytes` a sector counts once if it
+        was read before the launch wrote it, and once if it was written: what the memory behind an L2 moves that is
+        empty before the launch and holds all that the launch touches."""
         raw, opcodes = self.raw, np.array(self.kernel.program.opcodes)
         total = {name: int(raw[name].sum()) for name in raw.dtype.names}
         classes = Counter()
@@ -182,7 +185,8 @@ class Result:
             "global_bytes_read": int(raw["bytes"][reaches_global & ~writes].sum()),
             "sectors": total["sectors"],
             "ideal_sectors": total["ideal_sectors"],
-            "shared_bytes": int(raw["bytes"][~reaches_global].sum()),
+            "shared_bytes": int(raw["bytes"][~reaches_global].sum()) - total["remote_bytes"],
+            "remote_bytes": total["remote_bytes"],
             "waves": total["waves"],
             "ideal_waves": total["ideal_waves"],
             "bank_conflicts": total["waves"] - total["ideal_waves"],

@@ -418,6 +418,7 @@ __attribute__((noinline)) void Machine::execute(Warp& w, const I& in, u32 mask) 
     case op_set: return set_predicate(w, in, mask);
     case op_cvt: return convert(w, in, mask);
     case op_cvt2: return convert_pair(w, in, mask);
+    case op_mapa: return map_to_rank(w, in, mask);
     case op_cvta: {
       const u64 base = in.space == space_shared  ? shared_base
                        : in.space == space_local ? local_base
@@ -449,8 +450,8 @@ __attribute__((noinline)) void Machine::execute(Warp& w, const I& in, u32 mask) 
     case op_cp_wait_all: commit_copies(w, mask); return wait_copies(w, mask, 0);
     case op_activemask: return for_lanes(mask, [&](int l) { slot(0)[l] = mask; });
     case op_clock: return for_lanes(mask, [&](int l) { slot(0)[l] = steps; });
-    case op_fence: fenced_ = true; return;
-    case op_grid_wait: return for_lanes(mask, [&](int l) { threads_[w.thread(l)].grid_waited = true; });
+    case op_fence: block_->fenced = true; return;
+    case op_grid_wait: return for_lanes(mask, [&](int l) { block_->threads[w.thread(l)].grid_waited = true; });
     case op_nop: return;
     default: report(report_unsupported, w.thread(first_lane(mask)));
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Waiting for other threads: `.sync` instructions of a warp, and the 16 barriers of a block.
+// Waiting for other threads: `.sync` instructions of a warp, and the 16 barriers of a block. cluster.cpp has that of
+// the cluster.
 #include "machine.h"
 
 namespace ptxsim {
@@ -7,7 +8,7 @@ namespace ptxsim {
 // Lanes arrive at a collective one group at a time and park until all lanes of their mask are there.
 void Machine::wait_collective(Warp& w, const I& in, u32 mask) {
   const bool aligned = in.op >= op_ldmatrix;  // all lanes of the warp take part; no mask operand
-  const bool is_barrier = in.op == op_bar;
+  const bool is_barrier = in.op >= op_bar;
   const u64* masks = aligned ? nullptr : w.slot(in.operands[in.destinations + in.sources - 1]);
   u32 names_itself = 0;
   for_lanes(mask, [&](int l) {
@@ -39,8 +40,8 @@ void Machine::release_collectives(Warp& w) {
     current_ = pc;
     count_execution(pc, here);
     w.waiting &= ~here;
-    if (program_[pc].op == op_bar) {
-      arrive(w, program_[pc], here);
+    if (program_[pc].op >= op_bar) {
+      meet(w, program_[pc], here);
       continue;
     }
     run_collective(w, program_[pc], here);
@@ -63,10 +64,13 @@ void Machine::run_collective(Warp& w, const I& in, u32 mask) {
   }
 }
 
-u32 Machine::threads_alive() const {
-  u32 alive = 0;
-  for (const Warp& w : warps_) alive += count_lanes(~w.done);
-  return alive;
+// Lanes that do not run have come to a barrier together.
+void Machine::meet(Warp& w, const I& in, u32 mask) {
+  switch (in.op) {
+    case op_cluster_arrive: return arrive_at_cluster(w, in, mask);
+    case op_cluster_wait: return wait_for_cluster(w, mask);
+    default: return arrive(w, in, mask);
+  }
 }
 
 // Operands: [result] barrier number, [thread count], [predicate]. Modifier: how the barrier is met.
@@ -74,16 +78,16 @@ enum { barrier_sync, barrier_arrive, barrier_popc, barrier_and, barrier_or };
 
 void Machine::arrive(Warp& w, const I& in, u32 mask) {
   const int leader = first_lane(mask), id_at = in.destinations;
-  Barrier& barrier = barriers_[w.slot(in.operands[id_at])[leader] & 15];
+  Barrier& barrier = block_->barriers[w.slot(in.operands[id_at])[leader] & 15];
   if (barrier.waiting.empty()) barrier.waiting.resize(warps_in_block_);
   barrier.expected = in.flags & flag_has_count ? static_cast<u32>(w.slot(in.operands[id_at + 1])[leader]) : 0;
   barrier.arrived += count_lanes(mask);
   barrier.used = true;
   if (tracking()) {
-    barrier.clocks.resize(threads_in_block_);
+    barrier.clocks.resize(clocks_);
     for_lanes(mask, [&](int l) {
       const u32* clocks = clocks_of(w.thread(l));
-      for (u32 i = 0; i < threads_in_block_; ++i) barrier.clocks[i] = std::max(barrier.clocks[i], clocks[i]);
+      for (u32 i = 0; i < clocks_; ++i) barrier.clocks[i] = std::max(barrier.clocks[i], clocks[i]);
     });
   }
   if (in.modifier >= barrier_popc) {
@@ -106,8 +110,8 @@ void Machine::arrive(Warp& w, const I& in, u32 mask) {
 
 // Lets everybody go once all have arrived. Without a count, those are the threads that have not exited.
 void Machine::complete(Barrier& barrier) {
-  if (!barrier.used || barrier.arrived < (barrier.expected ? barrier.expected : threads_alive())) return;
-  for (Warp& w : warps_) {
+  if (!barrier.used || barrier.arrived < (barrier.expected ? barrier.expected : block_->threads_alive())) return;
+  for (Warp& w : block_->warps) {
     const u32 mask = barrier.waiting[w.index];
     if (!mask) continue;
     const I& in = program_[w.pc[first_lane(mask)]];
@@ -122,7 +126,7 @@ void Machine::complete(Barrier& barrier) {
       if (!tracking()) return;
       u32* clocks = clocks_of(w.thread(l));
       const u32 own = clocks[w.thread(l)];
-      memcpy(clocks, barrier.clocks.data(), threads_in_block_ * sizeof(u32));
+      memcpy(clocks, barrier.clocks.data(), clocks_ * sizeof(u32));
       clocks[w.thread(l)] = own + 1;
     });
   }

@@ -64,7 +64,8 @@ py::tuple run(Records<Instruction> program, const LaunchConfig& config, const st
 PYBIND11_MODULE(ptxsim_core, m) {
   PYBIND11_NUMPY_DTYPE(Instruction, op, type, type2, destinations, sources, space, rounding, predicate_negated, flags,
                        modifier, predicate, target, operands, offset, source_offset);
-  PYBIND11_NUMPY_DTYPE(InstructionStats, warps, threads, requests, bytes, sectors, ideal_sectors, waves, ideal_waves);
+  PYBIND11_NUMPY_DTYPE(InstructionStats, warps, threads, requests, bytes, sectors, ideal_sectors, waves, ideal_waves,
+                       remote_bytes);
   PYBIND11_NUMPY_DTYPE(Report, kind, instruction, other_instruction, block, thread, other_block, other_thread, lanes,
                        address, count, buffer, size);
   m.attr("instruction_dtype") = py::dtype::of<Instruction>();
@@ -83,6 +84,7 @@ PYBIND11_MODULE(ptxsim_core, m) {
   m.attr("SECTOR_FETCHED") = sector_fetched;
   m.attr("WINDOW_BITS") = window_bits;
   m.attr("FIRST_WINDOW") = first_window;
+  m.attr("RANK_SHIFT") = rank_shift;
   m.attr("BUFFER_SHARED") = buffer_shared;
   m.attr("BUFFER_LOCAL") = buffer_local;
   m.attr("BUFFER_PARAM") = buffer_param;
@@ -91,6 +93,7 @@ PYBIND11_MODULE(ptxsim_core, m) {
       .def(py::init<>())
       .def_readwrite("grid", &LaunchConfig::grid)
       .def_readwrite("block", &LaunchConfig::block)
+      .def_readwrite("cluster", &LaunchConfig::cluster)
       .def_readwrite("shared_bytes", &LaunchConfig::shared_bytes)
       .def_readwrite("dynamic_shared_bytes", &LaunchConfig::dynamic_shared_bytes)
       .def_readwrite("local_bytes", &LaunchConfig::local_bytes)

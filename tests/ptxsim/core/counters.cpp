@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a memory request of a warp costs: 32-byte sectors in global memory, waves of 32 banks in shared memory.
+// What a memory request of a warp costs: 32-byte sectors in global memory, waves of 32 banks in shared memory,
+// whosever it is.
 #include "machine.h"
 
 namespace ptxsim {
@@ -53,7 +54,13 @@ void count_sectors(InstructionStats& stats, u32 mask, const u64* address, int si
 void Machine::count_request(InstructionStats& stats, u32 mask, const u64* address, int size, int space) {
   ++stats.requests;
   stats.bytes += static_cast<u64>(count_lanes(mask)) * size;
-  if (space == space_shared) {
+  if (space == space_shared_cluster) {
+    for_lanes(mask, [&](int l) {
+      u64 offset = address[l];
+      if (remote_region(offset) != &block_->shared) stats.remote_bytes += size;
+    });
+  }
+  if (space == space_shared || space == space_shared_cluster) {
     count_waves(stats, mask, address, size);
   } else {
     count_sectors(stats, mask, address, size);
@@ -68,7 +75,7 @@ void Machine::touch_sectors(const Region& region, u64 offset, int size, u32 thre
     u8& sector = region.sectors[i];
     if (kind != AccessKind::write) sector |= sector & sector_written ? sector_read : sector_read | sector_fetched;
     if (kind != AccessKind::read) sector |= sector_written;
-    if (before_.empty() || threads_[thread].grid_waited) continue;
+    if (before_.empty() || block_->threads[thread].grid_waited) continue;
     if (touched_before(first + i * sector_bytes) & (kind == AccessKind::read ? sector_written : 0xff)) {
       report(report_before_grid_wait, thread, region.address + offset, {}, region.id, size);
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine: one launch, block after block. Each lane has a program counter of its own; an instruction is executed
-// for all lanes of a warp that stand at it. README.md lists what is checked and what differs from hardware.
+// The machine: one launch, cluster after cluster, the blocks of a cluster in turns. Each lane has a program counter of
+// its own; an instruction is executed for all lanes of a warp that stand at it. README.md lists what is checked and
+// what differs from hardware.
 #pragma once
 
 #include <deque>
@@ -55,6 +56,7 @@ struct Thread {
   std::vector<AsyncCopy> open;  // not yet committed
   std::deque<std::vector<AsyncCopy>> groups;
   bool grid_waited;
+  u32 arrived;  // the phase of the cluster's barrier it arrived in and has not waited for; 0: none
 };
 
 struct Warp {
@@ -73,6 +75,30 @@ struct Barrier {
   bool used = false;
   std::vector<u32> waiting;  // lanes of each warp
   std::vector<u32> clocks;
+};
+
+struct Block {
+  u32 index = 0;  // in the grid
+  std::vector<u8> shared_data, shared_state, local_data, local_state;
+  std::vector<ByteHistory> shared_history;
+  Region shared;
+  std::vector<Region> local;  // of each thread
+  std::vector<u64> slots;
+  std::vector<Warp> warps;
+  std::vector<Thread> threads;
+  Barrier barriers[16];
+  // Vector clock of each thread: what of every other thread of the block it is ordered after, and up to which phase of
+  // the cluster's barrier it knows what the other blocks released.
+  std::vector<u32> clocks;
+  std::vector<u8> taken_in;  // blocks whose published writes this block may read
+  bool fenced = false;
+  u32 last_phase = 0;  // the latest that a thread knew when it ended
+
+  u32 threads_alive() const {
+    u32 alive = 0;
+    for (const Warp& w : warps) alive += __builtin_popcount(~w.done);
+    return alive;
+  }
 };
 
 // Blocks that published their writes by fence + atomic on a word.
@@ -159,20 +185,32 @@ class Machine {
   void wait_collective(Warp& w, const I& in, u32 mask);
   void release_collectives(Warp& w);
   void run_collective(Warp& w, const I& in, u32 mask);
+  void meet(Warp& w, const I& in, u32 mask);
   void arrive(Warp& w, const I& in, u32 mask);
   void complete(Barrier& barrier);
-  u32 threads_alive() const;
+
+  // cluster.cpp
+  void map_to_rank(Warp& w, const I& in, u32 mask);
+  Region* remote_region(u64& address);
+  bool may_reach(const Region& region, u32 thread, u64 address, int size);
+  void arrive_at_cluster(Warp& w, const I& in, u32 mask);
+  void wait_for_cluster(Warp& w, u32 mask);
+  void pass_cluster_barrier(Warp& w, u32 mask);
+  void leave_cluster(Warp& w, u32 mask);
+  void complete_cluster_barrier();
+  bool was_released(Touch touch, u32 phase) const;
+  u32 phase() const { return static_cast<u32>(released_.size()) - 1; }
 
   // scheduler.cpp
   void place_buffers(const std::vector<Buffer>& buffers);
-  void allocate_block_memory();
+  void allocate(Block& block);
   u32 random();
   u32 next_group(Warp& w, int& favoured, int& patience);
   void branch(Warp& w, const I& in, u32 group, u32 taken);
   void leave(Warp& w, const I& in, u32 mask);
   bool run_warp(Warp& w, u32 quantum);
-  void start_block(const std::vector<u64>& constants, const std::vector<s32>& constant_slots);
-  void run_block();
+  void start_block(Block& block, u32 index, const std::vector<u64>& constants, const std::vector<s32>& constant_slots);
+  void run_cluster();
   void report_stuck_lanes();
   void report(int kind, u32 thread, u64 address = 0, Touch other = {}, s32 buffer = buffer_none, int size = 0,
               u32 lanes = 0);
@@ -182,7 +220,8 @@ class Machine {
   }
 
   bool tracking() const { return config_.shared_races || config_.global_races; }
-  u32* clocks_of(u32 thread) { return &clocks_[static_cast<size_t>(thread) * threads_in_block_]; }
+  u32* clocks_of(u32 thread) { return &block_->clocks[static_cast<size_t>(thread) * clocks_]; }
+  const u32* clocks_of(u32 thread) const { return &block_->clocks[static_cast<size_t>(thread) * clocks_]; }
 
   const Instruction* program_;
   LaunchConfig config_;
@@ -193,21 +232,17 @@ class Machine {
   std::vector<s32> window_;               // window number - first_used_window_ -> index of a buffer, or -1
   u64 first_used_window_ = 0;
   std::vector<s32> host_buffers_;  // buffers at host addresses, by address
-  Region shared_, param_;
-  std::vector<Region> local_;  // of each thread
-  std::vector<u8> shared_data_, shared_state_, local_data_, local_state_;
-  std::vector<ByteHistory> shared_history_;
+  Region param_;
 
-  u32 threads_in_block_, warps_in_block_, block_ = 0, blocks_;
-  std::vector<u64> slots_;
-  std::vector<Warp> warps_;
-  std::vector<Thread> threads_;
-  Barrier barriers_[16];
+  u32 threads_in_block_, warps_in_block_, blocks_;
+  u32 clocks_;                  // in the vector of a thread
+  std::vector<Block> cluster_;  // by rank
+  Block* block_ = nullptr;      // whose turn it is
+  u32 arrived_ = 0;             // threads at the cluster's barrier
+  // Clocks of all threads of the cluster that its barrier released, up to each phase; the last one is not yet complete.
+  std::vector<std::vector<u32>> released_;
 
-  std::vector<u32> clocks_;  // vector clock of each thread: what of every other thread it is ordered after
   std::unordered_map<u64, Published> published_;
-  std::vector<u8> taken_in_;  // blocks whose published writes this block may read
-  bool fenced_ = false;
 
   std::map<std::tuple<int, int, int>, size_t> known_reports_;
   u64 random_state_;

@@ -7,8 +7,9 @@ namespace ptxsim {
 // Turns `address` into an offset in the region that holds it.
 Region* Machine::find_region(int space, u64& address, u32 thread) {
   switch (space) {
-    case space_shared: return &shared_;
-    case space_local: return &local_[thread];
+    case space_shared: return &block_->shared;
+    case space_shared_cluster: return remote_region(address);
+    case space_local: return &block_->local[thread];
     case space_param: return &param_;
     default: break;
   }
@@ -21,7 +22,8 @@ Region* Machine::find_region(int space, u64& address, u32 thread) {
   const u64 generic = address >> 60;
   if (generic) {
     address &= (1ull << 60) - 1;
-    return space != space_generic ? nullptr : generic == 1 ? &shared_ : generic == 2 ? &local_[thread] : &param_;
+    if (space != space_generic) return nullptr;
+    return generic == 1 ? &block_->shared : generic == 2 ? &block_->local[thread] : &param_;
   }
   auto after = [this](u64 value, s32 index) { return value < buffers_[index].address; };
   auto next = std::upper_bound(host_buffers_.begin(), host_buffers_.end(), address, after);
@@ -44,6 +46,7 @@ u8* Machine::access(u32 thread, int space, u64 address, int size, AccessKind kin
     report(report_misaligned, thread, address, {}, region->id, size);
     return nullptr;
   }
+  if (space == space_shared_cluster && !may_reach(*region, thread, address, size)) return nullptr;
   if (region->read_only && kind != AccessKind::read) {
     report(report_read_only_write, thread, address, {}, region->id, size);
     return nullptr;
@@ -76,7 +79,7 @@ u8* Machine::access(u32 thread, int space, u64 address, int size, AccessKind kin
 
 void Machine::addresses(Warp& w, const I& in, int operand, u32 mask, u64* out) {
   const u64* base = w.slot(in.operands[operand]);
-  const u64 keep = in.space == space_shared ? 0xffffffff : ~0ull;
+  const u64 keep = in.space == space_shared || in.space == space_shared_cluster ? 0xffffffff : ~0ull;
   for_lanes(mask, [&](int l) { out[l] = (base[l] + in.offset) & keep; });
 }
 
@@ -85,7 +88,7 @@ void Machine::load(Warp& w, const I& in, u32 mask) {
   const bool sign_extend = in.type == type_s8 || in.type == type_s16 || in.type == type_s32;
   u64 address[32];
   addresses(w, in, in.destinations, mask, address);
-  if (in.space <= space_shared) count_request(stats_[current_], mask, address, size, in.space);
+  if (in.space <= space_shared_cluster) count_request(stats_[current_], mask, address, size, in.space);
   for_lanes(mask, [&](int l) {
     const u8* bytes = access(w.thread(l), in.space, address[l], size, AccessKind::read, in);
     for (int i = 0; i < in.destinations; ++i) {
@@ -108,7 +111,7 @@ void Machine::store(Warp& w, const I& in, u32 mask) {
   const int element = type_size(in.type), elements = in.sources - 1, size = element * elements;
   u64 address[32];
   addresses(w, in, 0, mask, address);
-  if (in.space <= space_shared) count_request(stats_[current_], mask, address, size, in.space);
+  if (in.space <= space_shared_cluster) count_request(stats_[current_], mask, address, size, in.space);
   for_lanes(mask, [&](int l) {
     u8 value[64];
     for (int i = 0; i < elements; ++i) memcpy(value + i * element, &w.slot(in.operands[1 + i])[l], element);
@@ -121,7 +124,7 @@ void Machine::atomic(Warp& w, const I& in, u32 mask) {
   const int address_at = in.destinations, size = type_size(in.type);
   u64 address[32];
   addresses(w, in, address_at, mask, address);
-  if (in.space <= space_shared) count_request(stats_[current_], mask, address, size, in.space);
+  if (in.space <= space_shared_cluster) count_request(stats_[current_], mask, address, size, in.space);
   for_lanes(mask, [&](int l) {
     u8* bytes = access(w.thread(l), in.space, address[l], size, AccessKind::atomic, in);
     if (!bytes) return;
@@ -170,16 +173,16 @@ void Machine::copy_async(Warp& w, const I& in, u32 mask) {
       i += part;
     }
     if (u8* bytes = access(thread, space_shared, destination[l], size, AccessKind::write, in)) {
-      memset(shared_.state + destination[l], in_flight, size);
+      memset(block_->shared.state + destination[l], in_flight, size);
       memset(bytes, 0xff, size);
-      threads_[thread].open.push_back(copy);
+      block_->threads[thread].open.push_back(copy);
     }
   });
 }
 
 void Machine::commit_copies(Warp& w, u32 mask) {
   for_lanes(mask, [&](int l) {
-    Thread& thread = threads_[w.thread(l)];
+    Thread& thread = block_->threads[w.thread(l)];
     thread.groups.push_back(std::move(thread.open));
     thread.open.clear();
   });
@@ -187,7 +190,7 @@ void Machine::commit_copies(Warp& w, u32 mask) {
 
 void Machine::wait_copies(Warp& w, u32 mask, size_t groups_left) {
   for_lanes(mask, [&](int l) {
-    Thread& thread = threads_[w.thread(l)];
+    Thread& thread = block_->threads[w.thread(l)];
     while (thread.groups.size() > groups_left) {
       land(w.thread(l), thread.groups.front());
       thread.groups.pop_front();
@@ -198,11 +201,12 @@ void Machine::wait_copies(Warp& w, u32 mask, size_t groups_left) {
 // The bytes arrive: a second write, reported at the line of the cp.async.
 void Machine::land(u32 thread, std::vector<AsyncCopy>& group) {
   const int at_wait = current_;
+  Region& shared = block_->shared;
   for (AsyncCopy& copy : group) {
     current_ = copy.instruction;
-    memset(shared_.state + copy.destination, written, copy.size);
-    if (shared_.history) track(shared_, copy.destination, copy.size, thread, AccessKind::write, false, nullptr);
-    memcpy(shared_.data + copy.destination, copy.data, copy.size);
+    memset(shared.state + copy.destination, written, copy.size);
+    if (shared.history) track(shared, copy.destination, copy.size, thread, AccessKind::write, false, nullptr);
+    memcpy(shared.data + copy.destination, copy.data, copy.size);
   }
   current_ = at_wait;
 }

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // The race detector: vector clocks, so that a race is found whatever order this run happened to take.
-// Threads of a block are ordered by barriers and __syncwarp. Blocks are not ordered, except by fence + atomic.
+// Threads of a block are ordered by barriers and __syncwarp, blocks by the barrier of their cluster and by fence +
+// atomic.
 #include "machine.h"
 
 namespace ptxsim {
 
 Touch Machine::touch_of(u32 thread, bool strong) const {
-  const u32 clock = clocks_[static_cast<size_t>(thread) * threads_in_block_ + thread];
-  return {static_cast<u64>(thread) << 54 | static_cast<u64>(block_ & Touch::block_mask) << 34 |
+  const u32 clock = clocks_of(thread)[thread];
+  return {static_cast<u64>(thread) << 54 | static_cast<u64>(block_->index & Touch::block_mask) << 34 |
           static_cast<u64>(clock & Touch::clock_mask) << 18 | static_cast<u64>(current_) << 1 | strong};
 }
 
 bool Machine::happened_before(Touch touch, u32 thread) const {
-  const u32 other = touch.thread();
-  if (touch.block() != (block_ & Touch::block_mask)) return taken_in_[touch.block()];
-  return other == thread || clocks_[static_cast<size_t>(thread) * threads_in_block_ + other] >= touch.clock();
+  const u32 other = touch.thread(), *clocks = clocks_of(thread);
+  if (touch.block() != (block_->index & Touch::block_mask)) {
+    return block_->taken_in[touch.block()] || was_released(touch, clocks[threads_in_block_]);
+  }
+  return other == thread || clocks[other] >= touch.clock();
 }
 
 // `value`: what a store is about to write, to tell apart races in which all write the same; null if not known.
@@ -51,7 +54,7 @@ void Machine::track(Region& region, u64 offset, int size, u32 thread, AccessKind
 
 // __syncwarp: every lane is now ordered after what all of them did before.
 void Machine::join_clocks(Warp& w, u32 mask) {
-  const size_t n = threads_in_block_;
+  const size_t n = clocks_;
   std::vector<u32> latest(n, 0);
   for_lanes(mask, [&](int l) {
     const u32* clocks = clocks_of(w.thread(l));
@@ -68,15 +71,15 @@ void Machine::join_clocks(Warp& w, u32 mask) {
 // before it. (All of the block's: a barrier before the fence makes it cumulative. A missing acquire is not seen.)
 void Machine::publish_and_take_in(u64 address, bool release) {
   Published& published = published_[address];
-  if (published.reader != block_) {
-    published.reader = block_;
+  if (published.reader != block_->index) {
+    published.reader = block_->index;
     published.taken_in = 0;
   }
   for (; published.taken_in < published.blocks.size(); ++published.taken_in) {
-    taken_in_[published.blocks[published.taken_in] & Touch::block_mask] = 1;
+    block_->taken_in[published.blocks[published.taken_in] & Touch::block_mask] = 1;
   }
-  const bool known = !published.blocks.empty() && published.blocks.back() == block_;
-  if ((fenced_ || release) && !known) published.blocks.push_back(block_);
+  const bool known = !published.blocks.empty() && published.blocks.back() == block_->index;
+  if ((block_->fenced || release) && !known) published.blocks.push_back(block_->index);
 }
 
 }  // namespace ptxsim

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which lanes run next, control flow, and the life of a block and a launch.
+// Which lanes run next, control flow, and the life of a cluster of blocks and a launch.
 #include <cstdlib>
 #include <new>
 
@@ -16,16 +16,9 @@ Machine::Machine(const Instruction* program, const LaunchConfig& config, const s
   random_state_ = 0x9E3779B97F4A7C15ull ^ (static_cast<u64>(config.seed) << 20);
   param_ = {0, config.param_bytes, params, nullptr, nullptr, true, buffer_param};
   place_buffers(buffers);
-  allocate_block_memory();
-  if (tracking()) clocks_.resize(static_cast<size_t>(threads_in_block_) * threads_in_block_);
-  taken_in_.resize(std::min(blocks_, Touch::block_mask) + 1);
-  threads_.resize(warps_in_block_ * 32);
-  warps_.resize(warps_in_block_);
-  slots_.resize(static_cast<size_t>(warps_in_block_) * config.slots * 32);
-  for (u32 i = 0; i < warps_in_block_; ++i) {
-    warps_[i].slots = slots_.data() + static_cast<size_t>(i) * config.slots * 32;
-    warps_[i].index = i;
-  }
+  clocks_ = threads_in_block_ + 1;
+  cluster_.resize(config.cluster);
+  for (Block& block : cluster_) allocate(block);
 }
 
 // A table from window to buffer, and a sorted list of the buffers that lie at host addresses.
@@ -63,18 +56,27 @@ void Machine::place_buffers(const std::vector<Buffer>& buffers) {
   std::sort(host_buffers_.begin(), host_buffers_.end(), by_address);
 }
 
-void Machine::allocate_block_memory() {
+void Machine::allocate(Block& block) {
   const u32 shared = config_.shared_bytes, local = config_.local_bytes;
-  shared_data_.resize(shared);
-  shared_state_.resize(shared);
-  if (config_.shared_races) shared_history_.resize(shared);
-  ByteHistory* history = shared_history_.empty() ? nullptr : shared_history_.data();
-  shared_ = {0, shared, shared_data_.data(), shared_state_.data(), history, false, buffer_shared};
-  local_data_.resize(static_cast<size_t>(local) * threads_in_block_);
-  local_state_.resize(local_data_.size());
+  block.shared_data.resize(shared);
+  block.shared_state.resize(shared);
+  if (config_.shared_races) block.shared_history.resize(shared);
+  ByteHistory* history = block.shared_history.empty() ? nullptr : block.shared_history.data();
+  block.shared = {0, shared, block.shared_data.data(), block.shared_state.data(), history, false, buffer_shared};
+  block.local_data.resize(static_cast<size_t>(local) * threads_in_block_);
+  block.local_state.resize(block.local_data.size());
   for (u32 t = 0; t < threads_in_block_; ++t) {
-    const size_t at = static_cast<size_t>(t) * local;
-    local_.push_back({0, local, local_data_.data() + at, local_state_.data() + at, nullptr, false, buffer_local});
+    u8 *data = block.local_data.data() + size_t{t} * local, *state = block.local_state.data() + size_t{t} * local;
+    block.local.push_back({0, local, data, state, nullptr, false, buffer_local});
+  }
+  if (tracking()) block.clocks.resize(static_cast<size_t>(threads_in_block_) * clocks_);
+  block.taken_in.resize(std::min(blocks_, Touch::block_mask) + 1);
+  block.threads.resize(warps_in_block_ * 32);
+  block.warps.resize(warps_in_block_);
+  block.slots.resize(static_cast<size_t>(warps_in_block_) * config_.slots * 32);
+  for (u32 i = 0; i < warps_in_block_; ++i) {
+    block.warps[i].slots = block.slots.data() + static_cast<size_t>(i) * config_.slots * 32;
+    block.warps[i].index = i;
   }
 }
 
@@ -84,10 +86,16 @@ Machine::~Machine() {
 
 void Machine::run(const std::vector<u64>& constants, const std::vector<s32>& constant_slots) {
   const size_t chosen = config_.only_blocks.size(), count = chosen ? chosen : blocks_;
+  const u32 size = config_.cluster;
+  u32 begun = 0;  // blocks up to there
   for (size_t i = 0; i < count && !stop_; ++i) {
-    block_ = chosen ? config_.only_blocks[i] : static_cast<u32>(i);
-    start_block(constants, constant_slots);
-    run_block();
+    const u32 index = chosen ? config_.only_blocks[i] : static_cast<u32>(i);
+    if (index < begun) continue;
+    arrived_ = 0;
+    released_.assign(2, std::vector<u32>(tracking() ? size * threads_in_block_ : 0));
+    begun = index / size * size;
+    for (Block& block : cluster_) start_block(block, begun++, constants, constant_slots);
+    run_cluster();
   }
 }
 
@@ -100,8 +108,8 @@ void Machine::report(int kind, u32 thread, u64 address, Touch other, s32 buffer,
     ++reports[known->second].count;
     return;
   }
-  reports.push_back({kind, current_, other_instruction, block_, thread, other.block(), other.thread(), lanes, address,
-                     1, buffer, size});
+  reports.push_back({kind, current_, other_instruction, block_->index, thread, other.block(), other.thread(), lanes,
+                     address, 1, buffer, size});
   if (reports.size() > enough) stop_ = true;
 }
 
@@ -160,7 +168,7 @@ void Machine::leave(Warp& w, const I& in, u32 mask) {
     report(kind, w.thread(first_lane(mask)), 0, {}, buffer_none, 0, mask);
   }
   for_lanes(mask, [&](int l) {
-    const Thread& thread = threads_[w.thread(l)];
+    const Thread& thread = block_->threads[w.thread(l)];
     size_t copies = thread.open.size();
     for (const auto& group : thread.groups) copies += group.size();
     if (copies) report(report_never_waited, w.thread(l), 0, {}, buffer_none, static_cast<int>(copies));
@@ -168,11 +176,12 @@ void Machine::leave(Warp& w, const I& in, u32 mask) {
   });
   w.running &= ~mask;
   w.done |= mask;
+  leave_cluster(w, mask);
   for_lanes(w.waiting, [&](int l) {
-    if (program_[w.pc[l]].op == op_bar) w.sync_mask[l] = ~w.done;
+    if (program_[w.pc[l]].op >= op_bar) w.sync_mask[l] = ~w.done;
   });
   release_collectives(w);
-  for (Barrier& barrier : barriers_) complete(barrier);
+  for (Barrier& barrier : block_->barriers) complete(barrier);
 }
 
 bool Machine::run_warp(Warp& w, u32 quantum) {
@@ -200,11 +209,11 @@ bool Machine::run_warp(Warp& w, u32 quantum) {
     }
     if (mask != group) for_lanes(group & ~mask, [&](int l) { ++w.pc[l]; });
     if (!mask) continue;
-    if (in.op >= op_shfl && in.op <= op_bar) {
-      if (in.op == op_bar && !(in.flags & flag_aligned)) {  // barrier.sync: lanes may arrive one by one
+    if (in.op >= op_shfl && in.op <= op_cluster_wait) {
+      if (in.op >= op_bar && !(in.flags & flag_aligned)) {  // barrier.sync: lanes may arrive one by one
         count_execution(current_, mask);
         w.running &= ~mask;
-        arrive(w, in, mask);
+        meet(w, in, mask);
       } else {
         wait_collective(w, in, mask);
       }
@@ -225,28 +234,33 @@ bool Machine::run_warp(Warp& w, u32 quantum) {
   return true;
 }
 
-void Machine::start_block(const std::vector<u64>& constants, const std::vector<s32>& constant_slots) {
-  const auto &grid = config_.grid, &block = config_.block;
+void Machine::start_block(Block& block, u32 index, const std::vector<u64>& constants,
+                          const std::vector<s32>& constant_slots) {
+  block_ = &block;
+  const auto &grid = config_.grid, &extents = config_.block;
   // What is not yet written reads as NaN, or as a wild index
-  std::fill(shared_data_.begin(), shared_data_.end(), 0xff);
-  std::fill(shared_state_.begin(), shared_state_.end(), unwritten);
-  std::fill(shared_history_.begin(), shared_history_.end(), ByteHistory{});
-  std::fill(local_data_.begin(), local_data_.end(), 0xff);
-  std::fill(local_state_.begin(), local_state_.end(), unwritten);
-  std::fill(slots_.begin(), slots_.end(), 0xa5a5a5a5deadbeefull);
-  for (Barrier& barrier : barriers_) barrier = Barrier();
-  for (Thread& thread : threads_) {
+  std::fill(block.shared_data.begin(), block.shared_data.end(), 0xff);
+  std::fill(block.shared_state.begin(), block.shared_state.end(), unwritten);
+  std::fill(block.shared_history.begin(), block.shared_history.end(), ByteHistory{});
+  std::fill(block.local_data.begin(), block.local_data.end(), 0xff);
+  std::fill(block.local_state.begin(), block.local_state.end(), unwritten);
+  std::fill(block.slots.begin(), block.slots.end(), 0xa5a5a5a5deadbeefull);
+  for (Barrier& barrier : block.barriers) barrier = Barrier();
+  for (Thread& thread : block.threads) {
     thread.groups.clear();
     thread.open.clear();
     thread.grid_waited = false;
+    thread.arrived = 0;
   }
-  fenced_ = false;
-  std::fill(taken_in_.begin(), taken_in_.end(), 0);
+  block.index = index;
+  block.fenced = false;
+  block.last_phase = 0;
+  std::fill(block.taken_in.begin(), block.taken_in.end(), 0);
   if (tracking()) {
-    std::fill(clocks_.begin(), clocks_.end(), 0);
+    std::fill(block.clocks.begin(), block.clocks.end(), 0);
     for (u32 t = 0; t < threads_in_block_; ++t) clocks_of(t)[t] = 1;
   }
-  for (Warp& w : warps_) {
+  for (Warp& w : block.warps) {
     w.running = w.waiting = w.at_barrier = w.steps = 0;
     w.done = ~0u;
     for (size_t i = 0; i < constants.size(); ++i) std::fill_n(w.slot(constant_slots[i]), 32, constants[i]);
@@ -260,44 +274,55 @@ void Machine::start_block(const std::vector<u64>& constants, const std::vector<s
       const u32 below = (1u << l) - 1, self = 1u << l;
       int next_slot = 0;  // the order of SPECIAL_REGISTERS in decode.py
       auto set = [&](auto... values) { ((w.slot(next_slot++)[l] = values), ...); };
-      set(t % block[0], t / block[0] % block[1], t / block[0] / block[1]);
-      set(block[0], block[1], block[2]);
-      set(block_ % grid[0], block_ / grid[0] % grid[1], block_ / grid[0] / grid[1]);
+      set(t % extents[0], t / extents[0] % extents[1], t / extents[0] / extents[1]);
+      set(extents[0], extents[1], extents[2]);
+      set(index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]);
       set(grid[0], grid[1], grid[2]);
       set(l, w.index);
       set(self, below, below | self, ~(below | self), ~below);
-      set(config_.dynamic_shared_bytes, warps_in_block_, block_, config_.shared_bytes);
+      set(config_.dynamic_shared_bytes, warps_in_block_, index, config_.shared_bytes);
+      set(index % config_.cluster, config_.cluster);
     }
   }
 }
 
-void Machine::run_block() {
+// The blocks take turns: each lets all of its warps run for a while.
+void Machine::run_cluster() {
+  std::vector<Block*> blocks;
+  for (Block& block : cluster_) blocks.push_back(&block);
   std::vector<int> order(warps_in_block_);
   for (u32 i = 0; i < warps_in_block_; ++i) order[i] = i;
+  auto shuffle = [this](auto& list) {
+    for (size_t i = list.size() - 1; i > 0; --i) std::swap(list[i], list[random() % (i + 1)]);
+  };
   for (;;) {
-    if (config_.shuffle_warps) {
-      for (u32 i = warps_in_block_ - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+    bool progress = false;
+    if (config_.shuffle_warps) shuffle(blocks);
+    for (Block* block : blocks) {
+      block_ = block;
+      if (config_.shuffle_warps) shuffle(order);
+      for (int i : order) {
+        progress |= run_warp(block->warps[i], config_.shuffle_warps ? 1 + random() % config_.quantum : config_.quantum);
+      }
+      if (stop_) return;
     }
-    bool progress = false, alive = false;
-    for (int i : order) {
-      progress |= run_warp(warps_[i], config_.shuffle_warps ? 1 + random() % config_.quantum : config_.quantum);
-    }
-    if (stop_) return;
-    for (const Warp& w : warps_) alive |= w.done != ~0u;
-    if (!alive) return;
+    if (std::none_of(blocks.begin(), blocks.end(), [](Block* block) { return block->threads_alive(); })) return;
     if (!progress) return report_stuck_lanes();
   }
 }
 
 void Machine::report_stuck_lanes() {
-  for (Warp& w : warps_) {
-    for (u32 stuck = w.waiting | w.at_barrier; stuck;) {
-      const int leader = first_lane(stuck);
-      u32 group = 0;
-      for_lanes(stuck, [&](int l) { group |= static_cast<u32>(w.pc[l] == w.pc[leader]) << l; });
-      stuck &= ~group;
-      current_ = w.pc[leader];
-      report(report_deadlock, w.thread(leader), 0, {}, buffer_none, 0, group);
+  for (Block& block : cluster_) {
+    block_ = &block;
+    for (Warp& w : block.warps) {
+      for (u32 stuck = w.waiting | w.at_barrier; stuck;) {
+        const int leader = first_lane(stuck);
+        u32 group = 0;
+        for_lanes(stuck, [&](int l) { group |= static_cast<u32>(w.pc[l] == w.pc[leader]) << l; });
+        stuck &= ~group;
+        current_ = w.pc[leader];
+        report(report_deadlock, w.thread(leader), 0, {}, buffer_none, 0, group);
+      }
     }
   }
 }

@@ -25,30 +25,30 @@ using u128 = unsigned __int128;
   X(pred) X(b8) X(u8) X(s8) X(b16) X(u16) X(s16) X(b32) X(u32) X(s32) X(b64) X(u64) X(s64) \
   X(f16) X(f16x2) X(bf16) X(bf16x2) X(f32) X(f64) X(tf32)
 
-// Order matters: from shfl to bar an operation is collective, from ldmatrix to bar it is `.aligned` as well, and from exit
-// on it ends a thread.
+// Order matters: from shfl to cluster_wait an operation is collective, from ldmatrix on it is `.aligned` as well, from bar
+// on a barrier; and from exit on it ends a thread.
 #define PTXSIM_OPS(X) \
   X(mov) X(pack) X(unpack) X(add) X(sub) X(mul) X(mad) X(fma) X(div) X(rem) X(abs) X(neg) X(min) X(max) \
   X(and) X(or) X(xor) X(not) X(cnot) X(lop3) X(shl) X(shr) X(shf) X(popc) X(clz) X(brev) X(bfind) X(bfe) X(bfi) \
-  X(bmsk) X(sad) X(prmt) X(dp4a) X(dp2a) X(selp) X(setp) X(set) X(cvt) X(cvt2) X(cvta) X(sqrt) X(rsqrt) X(rcp) \
+  X(bmsk) X(sad) X(prmt) X(dp4a) X(dp2a) X(selp) X(setp) X(set) X(cvt) X(cvt2) X(cvta) X(mapa) X(sqrt) X(rsqrt) X(rcp) \
   X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) \
   X(ld) X(st) X(atom) X(cp_async) X(cp_commit) X(cp_wait) X(cp_wait_all) X(fence) X(grid_wait) X(nop) X(clock) \
   X(activemask) \
-  X(shfl) X(vote) X(match) X(redux) X(warpsync) X(ldmatrix) X(stmatrix) X(mma) X(bar) \
+  X(shfl) X(vote) X(match) X(redux) X(warpsync) X(ldmatrix) X(stmatrix) X(mma) X(bar) X(cluster_arrive) X(cluster_wait) \
   X(bra) X(brx) X(exit) X(trap) X(assertfail)
 
 #define PTXSIM_COMPARISONS(X) \
   X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(lo) X(ls) X(hi) X(hs) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan)
 #define PTXSIM_ROUNDINGS(X) X(none) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(rna)
 #define PTXSIM_ATOMICS(X) X(add) X(min) X(max) X(and) X(or) X(xor) X(exch) X(cas) X(inc) X(dec)
-#define PTXSIM_SPACES(X) X(generic) X(global) X(shared) X(local) X(param) X(const)
+#define PTXSIM_SPACES(X) X(generic) X(global) X(shared) X(shared_cluster) X(local) X(param) X(const)
 #define PTXSIM_FLAGS(X) \
   X(ftz) X(sat) X(hi) X(wide) X(negated) X(nan) X(strong) X(aligned) X(non_coherent) X(trans) X(relu) X(release) \
   X(has_count)
 #define PTXSIM_REPORTS(X) \
   X(out_of_bounds) X(misaligned) X(uninitialised_read) X(read_only_write) X(cp_async_in_flight) X(race) \
   X(race_same_value) X(deadlock) X(sync_mask) X(inactive_lane) X(trap) X(assertion) X(step_limit) X(never_waited) \
-  X(unsupported) X(nc_of_written) X(before_grid_wait) X(no_grid_wait)
+  X(unsupported) X(nc_of_written) X(before_grid_wait) X(no_grid_wait) X(cluster_barrier) X(remote_lifetime)
 // clang-format on
 
 #define X(name) type_##name,
@@ -101,7 +101,7 @@ struct Instruction {
 
 // Counted for each instruction of the program.
 struct InstructionStats {
-  u64 warps, threads, requests, bytes, sectors, ideal_sectors, waves, ideal_waves;
+  u64 warps, threads, requests, bytes, sectors, ideal_sectors, waves, ideal_waves, remote_bytes;
 };
 
 struct Report {
@@ -131,18 +131,21 @@ struct Buffer {
 
 struct LaunchConfig {
   std::array<u32, 3> grid{1, 1, 1}, block{1, 1, 1};
+  u32 cluster = 1;  // blocks that run together
   u32 shared_bytes = 0, dynamic_shared_bytes = 0, local_bytes = 0, param_bytes = 0, slots = 0;
   u32 seed = 0, quantum = 512;                // quantum: instructions a warp runs before another one gets its turn
   bool shuffle_warps = false, chaos = false;  // chaos: a random group of lanes runs each step
   bool shared_races = true, global_races = true;
   u32 mma_mode = 0;  // 0 exact sums; n > 0 truncates to 24 + n - 1 bits as tensor cores do
   u64 max_steps = 1000000000;
-  std::vector<u32> only_blocks;  // these alone run; empty: all
+  std::vector<u32> only_blocks;  // ascending; their clusters alone run; empty: all
 };
 
 // Every buffer has a window of its own above all host addresses, so an access past its end never hits a neighbour.
 constexpr int window_bits = 36;
 constexpr u64 first_window = 1ull << 56 >> window_bits;
+// In the shared::cluster window, above the addresses of a block itself, those of the block with rank r start at r + 1.
+constexpr int rank_shift = 24;
 constexpr u64 shared_base = 1ull << 60, local_base = 2ull << 60, param_base = 3ull << 60;
 
 }  // namespace ptxsim
