@@ -73,12 +73,14 @@ __device__ __forceinline__ float4 load_of_block(const float4& own, unsigned rank
 #endif
 }
 
-// Of n results of a cluster those that this block makes.
+// Of n results of a cluster those that this block makes: whole warps of them, so that memory is asked for whole sectors.
 struct ClusterShare {
   unsigned first, last;
 
-  __device__ __forceinline__ explicit ClusterShare(unsigned n)
-      : first(n * cluster_rank() / cluster_blocks()), last(n * (cluster_rank() + 1) / cluster_blocks()) {}
+  __device__ __forceinline__ explicit ClusterShare(unsigned n) {
+    const unsigned warps = (n + 31) / 32, rank = cluster_rank(), blocks = cluster_blocks();
+    first = warps * rank / blocks * 32, last = min(warps * (rank + 1) / blocks * 32, n);
+  }
 };
 
 }  // namespace peftkern

@@ -44,11 +44,10 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& launch, i
   };
   const unsigned blocks = static_cast<unsigned>(parts < kClusterBlocks ? parts : kClusterBlocks);
   if (knows_attributes && blocks > 1 && parts % blocks == 0) {
-    if (launch_in_clusters(blocks) == cudaSuccess) {
-      parts /= blocks;
-      return cudaSuccess;
-    }
-    cudaGetLastError();  // a small share of a GPU may have no room for them
+    const cudaError_t error = launch_in_clusters(blocks);
+    if (error == cudaSuccess) parts /= blocks;
+    if (error != cudaErrorInvalidClusterSize) return error;
+    cudaGetLastError();  // a small share of a GPU has no room for them
   }
   return launch_in_clusters(1);
 }

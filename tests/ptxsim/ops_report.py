@@ -59,7 +59,7 @@ OPERANDS = {
         "nested_absmax": "weight_.nested_absmax[", "offset": "*weight_.offset", "table ": "kNf4Table[",
         "u": "load_quad(args.u", "factor": "args.factor.data) +", "out_scale": "load_quad(args.out_scale",
         "bias": "load_quad(args.bias",
-        "y": "store_quad(static_cast<T*>(args.y)", "z": "store_quad(static_cast<T*>(args.z)",
+        "y": "store_quad(static_cast<T*>(args_.y)", "z": "store_quad(static_cast<T*>(args_.z)",
         "workspace": "to[0] =", "workspace ": "to[stride_] =", "workspace  ": "row_pair(from[0], from[stride_])",
     },
     "quantize_absmax": {
