@@ -42,15 +42,16 @@ def lora(device: Device, rows: int, fan_in: int = 320, r: int = 8, **options):
     return y, expected + options.get("bias", 0.0)
 
 
-@pytest.mark.parametrize("rows", [1, 12, 40])
-def test_forward_overlaps_with_down(rows):
-    """On sm_90, with the bits of one launch after the other on sm_80."""
-    device = Device("sm_90", host_memory=True)
-    y, expected = lora(device, rows, bias=torch.randn(140))
+@pytest.mark.parametrize(("rows", "fan_in"), [(1, 320), (12, 320), (40, 320), (1, 1024), (12, 1024)])
+def test_forward_overlaps_with_down(rows, fan_in):
+    """On sm_90, with the bits of one launch after the other on sm_80; where blocks share sums, in clusters."""
+    device, bias = Device("sm_90", host_memory=True), torch.randn(140)
+    y, expected = lora(device, rows, fan_in, bias=bias)
+    assert (max(device.clusters) > 1) == (fan_in == 1024)
     assert_close(y, expected, torch.bfloat16, "y")
     assert ["nf4_forward_kernel" in name for name in device.overlapping] == [True]
     plain = Device("sm_80", host_memory=True)
-    assert lora(plain, rows, bias=torch.randn(140))[0].shape == y.shape and not plain.overlapping
+    assert lora(plain, rows, fan_in, bias=bias)[0].equal(y) and not plain.overlapping
 
 
 @pytest.mark.parametrize("rows", [1, 40])

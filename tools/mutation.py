@@ -4,11 +4,11 @@
     python tools/mutation.py                 # all mutants; writes the score to docs/simulated.md
     python tools/mutation.py --only absmax   # of csrc/cuda/absmax.cu, and writes nothing; --only may be repeated
 
-Two kinds of mutants. A barrier, fence, wait or commit of the PTX (sm_80) that some case executes is left out: one
-mutant for each kernel instantiation it is in. A comparison of the source that decides something at run time is moved by
-one, up and down, unless that leaves the PTX as it was: then it is the host's, or makes no other program. A mutant
-counts as noticed if a case fails, by a report of the simulator or by its values. Every survivor has to be explained in
-EXPLAINED; one that is not makes this program fail.
+Two kinds of mutants. A barrier, fence, wait or commit of the PTX (sm_90) that some case executes is left out: one
+mutant for each kernel instantiation it is in; and a barrier of a cluster in the source becomes one of the block. A
+comparison of the source that decides something at run time is moved by one, up and down, unless that leaves the PTX as
+it was: then it is the host's, or makes no other program. A mutant counts as noticed if a case fails, by a report of the
+simulator or by its values. Every survivor has to be explained in EXPLAINED; one that is not makes this program fail.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ptxsim import Module, PtxError, cudart  # noqa: E402
 from ptxsim.ops_cases import CASES, SCHEDULED, Case  # noqa: E402
 from ptxsim.ops_report import replace_section  # noqa: E402
 
+ARCH = "sm_90"  # which has clusters
 SYNCHRONIZING = ("bar", "warpsync", "fence", "cp_commit", "cp_wait", "cp_wait_all")
 MAX_STEPS = 10**7  # a mutant that never ends is noticed too
 
@@ -144,7 +145,7 @@ class Mutant:
 
 class MutantDevice(cudart.Device):
     def __init__(self, kernels: dict | None = None, dropped: tuple[str, int] | None = None):
-        super().__init__("sm_80")
+        super().__init__(ARCH)
         self.kernels, self.dropped = kernels or {}, dropped
 
     def kernel(self, name: str):
@@ -169,7 +170,7 @@ def cases_by_kernel() -> dict[str, list[Case]]:
     shuffled = random.Random(0).sample(CASES, len(CASES))
     reached: dict[str, list[Case]] = {}
     for case in [*SCHEDULED, *shuffled]:
-        recorder = cudart.Recorder()
+        recorder = cudart.Recorder(arch=ARCH)
         case.run_on_recorder(recorder)
         for name in {name for name, *_ in recorder.launched}:
             reached.setdefault(name, []).append(case)
@@ -181,12 +182,12 @@ def cases_by_kernel() -> dict[str, list[Case]]:
 
 def dropped_instructions(file: str, reached: dict[str, list[Case]]):
     """(mutant, was it noticed) for every executed synchronizing instruction of a file."""
-    for mangled in cudart.modules("sm_80")[file].demangled:
-        kernel, cases = cudart.find_kernel("sm_80", mangled), reached[mangled]
+    for mangled in cudart.modules(ARCH)[file].demangled:
+        kernel, cases = cudart.find_kernel(ARCH, mangled), reached[mangled]
         candidates = [i for i, op in enumerate(kernel.program.opcodes) if op in SYNCHRONIZING]
         executed = set()
         for case in cases if candidates else ():
-            device = cudart.Device("sm_80")
+            device = cudart.Device(ARCH)
             case.run(device, check=False)
             for result in device.results:
                 if result.kernel.mangled == mangled:
@@ -235,12 +236,25 @@ def comparisons(path: Path) -> list[tuple[Mutant, str]]:
     return found
 
 
+def cluster_barriers(path: Path) -> list[tuple[Mutant, str]]:
+    """Mutants of a file with their source text."""
+    lines = path.read_text().splitlines()
+    found = [i for i, line in enumerate(lines) if "cluster_sync();" in line]
+    return [
+        (
+            Mutant(path.name, i + 1, lines[i].strip(), "left out"),
+            "\n".join([*lines[:i], lines[i].replace("cluster_sync", "__syncthreads"), *lines[i + 1 :]]) + "\n",
+        )
+        for i in found
+    ]
+
+
 def users(path: Path) -> list[str]:
     """The .cu files whose kernels a source file is part of."""
     return [file.name for file in cudart.cuda_files() if path in cudart.with_headers(file)]
 
 
-def moved_comparison(mutant: Mutant, text: str, files: list[str], reached: dict[str, list[Case]]) -> bool | None:
+def rebuilt(mutant: Mutant, text: str, files: list[str], reached: dict[str, list[Case]]) -> bool | None:
     """Was it noticed? None if it does not compile, or is no other program for the device."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
@@ -249,10 +263,10 @@ def moved_comparison(mutant: Mutant, text: str, files: list[str], reached: dict[
         same = True
         for file in files:
             try:
-                module = Module.from_cuda(copy / "cuda" / file, "sm_80")
+                module = Module.from_cuda(copy / "cuda" / file, ARCH)
             except PtxError:
                 return None
-            if instructions(module) == instructions(cudart.modules("sm_80")[file]):
+            if instructions(module) == instructions(cudart.modules(ARCH)[file]):
                 continue
             same = False
             kernels = {name: module.kernel(name) for name in module.demangled}
@@ -288,27 +302,28 @@ def main() -> None:
         return not only or any(part in file for part in only)
 
     cudart.host_library()
-    cudart.modules("sm_80")  # here, as two threads ask for it later
+    cudart.modules(ARCH)  # here, as two threads ask for it later
     start, reached = time.time(), cases_by_kernel()
     outcome: dict[str, list[tuple[Mutant, bool]]] = {"left out": [], "moved by one": []}
     if kind != "moved":
-        for file in cudart.modules("sm_80"):
+        for file in cudart.modules(ARCH):
             if chosen(file):
                 for mutant, caught in dropped_instructions(file, reached):
                     outcome["left out"].append((mutant, caught))
                     show(mutant, caught)
-    if kind != "dropped":
-        jobs = []
-        for path in sorted([*cudart.CUDA_SOURCES.glob("*.cu"), *cudart.CUDA_SOURCES.glob("*.cuh")]):
-            if chosen(path.name):
-                jobs += [(mutant, text, users(path), reached) for mutant, text in comparisons(path)]
-        # Two at a time: while one runs in nvcc, the other simulates. Nobody will ask for their PTX again.
-        with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as cache:
-            os.environ["PTXSIM_CACHE"] = cache
-            for (mutant, *_), caught in zip(jobs, pool.map(lambda job: moved_comparison(*job), jobs), strict=True):
-                if caught is not None:
-                    outcome["moved by one"].append((mutant, caught))
-                    show(mutant, caught)
+    jobs = []
+    for path in sorted([*cudart.CUDA_SOURCES.glob("*.cu"), *cudart.CUDA_SOURCES.glob("*.cuh")]):
+        if chosen(path.name):
+            barriers = cluster_barriers(path) if kind != "moved" else []
+            moved = comparisons(path) if kind != "dropped" else []
+            jobs += [(mutant, text, users(path), reached) for mutant, text in [*barriers, *moved]]
+    # Two at a time: while one runs in nvcc, the other simulates. Nobody will ask for their PTX again.
+    with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as cache:
+        os.environ["PTXSIM_CACHE"] = cache
+        for (mutant, *_), caught in zip(jobs, pool.map(lambda job: rebuilt(*job), jobs), strict=True):
+            if caught is not None:
+                outcome["left out" if mutant.change == "left out" else "moved by one"].append((mutant, caught))
+                show(mutant, caught)
 
     survivors = [mutant for group in outcome.values() for mutant, caught in group if not caught]
     unexplained = [mutant for mutant in survivors if explanation(mutant) is None]
