@@ -104,8 +104,9 @@ def gemm_cases() -> Iterator[tuple[str, dict]]:
             options = dict(x=x, rank=8, splits=splits, block_size=32 if x == F16 else 64)
             yield "nf4_forward", dict(rows=rows, out=140, columns=columns, **options, bias=True, nested=x == F16)
     # more splits than a cluster has blocks: whole clusters, and a rest
-    for rows, splits in ((1, 16), (9, 16), (40, 12), (130, 16)):
-        yield "nf4_forward", dict(rows=rows, out=132, columns=1024, rank=4, splits=splits)
+    for rows, x in itertools.product((1, 9, 30, 40, 130), (BF16, F16)):
+        yield "nf4_forward", dict(rows=rows, out=132, columns=1024, rank=4, x=x, splits=16)
+    yield "nf4_forward", dict(rows=5, out=36, columns=768, rank=4, splits=12)
     # every combination of the optional operands, with vector stores and without
     for out_scale, bias, z in itertools.product((False, True), repeat=3):
         extras = dict(out_scale=out_scale, bias=bias, z=z)
