@@ -17,7 +17,7 @@ from .ops import BF16, F16, F32, UPDATE
 from .ops_cases import Case, case
 
 DOCUMENT = ROOT / "docs" / "simulated.md"
-ARCH = "sm_80"
+ARCH, OLDER = "sm_90", "sm_80"  # with clusters, and without
 
 # Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
 OPERANDS = {
@@ -159,13 +159,13 @@ class Counting(Device):
         return {"races": False}
 
 
-def count(each: Case) -> tuple[Counter, dict[str, Counter]]:
+def count(each: Case, arch: str = ARCH) -> tuple[Counter, dict[str, Counter]]:
     """Totals, and the traffic of each operand: `bytes`, `sectors`, `ideal_sectors`.
 
     A request's bytes are those its lanes ask for, or those of its sectors where these are fewer because lanes share an
     address.
     """
-    device, problem = Counting(ARCH), each.make()
+    device, problem = Counting(arch), each.make()
     problem.run(device, each.op)
     totals, operands = Counter(), {}
     for result in device.results:
@@ -209,11 +209,12 @@ def _source(file: str, line: int) -> str:
 
 def table() -> str:
     lines = [
-        "| kernel and shape | distinct | bytes | sectors | waves | bytes of each operand |",
-        "|---|---|---|---|---|---|",
+        f"| kernel and shape | distinct | {OLDER} | bytes | sectors | waves | bytes of each operand |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
         totals, operands = count(row.case)
+        older, _ = count(row.case, OLDER)
         moved = sum(t["bytes"] for t in operands.values())
         sectors, ideal = (sum(t[key] for t in operands.values()) for key in ("sectors", "ideal_sectors"))
         waves = f"{totals['waves'] / totals['ideal_waves']:.2f}" if totals["ideal_waves"] else "none"
@@ -225,7 +226,7 @@ def table() -> str:
         each = [f"{name} {moved_part / needed:.2f}" for name, (moved_part, needed) in parts.items() if needed >= 1024]
         lines.append(
             f"| `{row.case.op}` {row.title} | {totals['distinct'] / totals['compulsory']:.2f} | "
-            f"{moved / totals['compulsory']:.2f} | {sectors / ideal:.2f} | {waves} | {', '.join(each)} |"
+            f"{older['distinct'] / older['compulsory']:.2f} | {moved / totals['compulsory']:.2f} | {sectors / ideal:.2f} | {waves} | {', '.join(each)} |"
         )
     return "\n".join(lines)
 
