@@ -16,7 +16,7 @@ import torch
 from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
-from ptxsim.cudart import Device, Recorder, autotune_on, package_on
+from ptxsim.cudart import Device, Recorder, autotune_on, capture, package_on
 from ptxsim.ops import (
     BF16,
     F16,
@@ -348,15 +348,21 @@ def test_adapted_linear_on_simulated_kernels(sample):
 
 def test_autotune_times_on_the_stream_but_not_in_a_graph():
     """The ways run several times between events when a product is new, and once while a graph is captured."""
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64).bfloat16()
     q = peftkern.quantize_nf4(torch.randn(48, 64))
     launches = {}
-    for when, capturing in (("captured", True), ("timed", False), ("remembered", False)):
+    for when in ("captured", "timed", "remembered"):
         device = Device("sm_80", host_memory=True)
-        with autotune_on(capturing), package_on(device, [x, q.packed, q.absmax]):
-            y = peftkern.nf4_linear(x, q)
+        with autotune_on(), package_on(device, [x, q.packed, q.absmax]):
+            if when == "captured":
+                with capture(device) as graph:
+                    y = peftkern.nf4_linear(x, q)
+                assert not device.launched
+                graph.replay()
+            else:
+                y = peftkern.nf4_linear(x, q)
         launches[when] = len(device.launched)
-        assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.float32).double().T, torch.float32, when)
+        assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.bfloat16).double().T, torch.bfloat16, when)
     assert launches["captured"] == launches["remembered"] == 1 and launches["timed"] >= 9
 
 

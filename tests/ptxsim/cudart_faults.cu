@@ -41,6 +41,20 @@ int cluster_launch(unsigned blocks, unsigned x, unsigned y, cudaStream_t stream)
   cudaLaunchKernelEx(&config, nothing);
   return cudaGetLastError();
 }
+// As a launcher that times itself; inside a capture it may not wait.
+int wait_for_itself(cudaStream_t stream) {
+  cudaEvent_t event;
+  cudaEventCreate(&event);
+  nothing<<<1, 32, 0, stream>>>();
+  cudaEventRecord(event, stream);
+  const cudaError_t error = cudaEventSynchronize(event);
+  cudaEventDestroy(event);
+  return error;
+}
+int launch_nothing(cudaStream_t stream) {
+  nothing<<<1, 32, 0, stream>>>();
+  return cudaGetLastError();
+}
 int forgotten_error() {
   nothing<<<0, 32>>>();
   return 0;
