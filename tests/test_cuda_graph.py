@@ -9,12 +9,11 @@ import ctypes
 import pytest
 import torch
 from ptxsim import cudart
-from ptxsim.cudart import CudaError, Device, capture, host_library, package_on
+from ptxsim.cudart import CudaError, Device, capture, faulty_launchers, host_library, package_on
 from ptxsim.ops import OPS, STREAM
 from ptxsim.ops_cases import CASES
 from ptxsim.report import KernelFault
 from test_cuda_overlap import WithoutWait
-from test_cuda_simulated import faulty_launchers  # noqa: F401  (a fixture)
 
 import peftkern
 
@@ -143,37 +142,49 @@ class Counting(Device):
         return cudart.Module.from_ptx(".version 8.0\n.target sm_80\n.address_size 64\n.entry k() { ret; }").kernel("k")
 
 
-def test_a_call_that_waits_ends_the_capture(faulty_launchers):  # noqa: F811
+def test_a_call_that_waits_ends_the_capture():
     device, stream = Counting("sm_80"), ctypes.c_void_p(STREAM)
     with device.active():
-        assert faulty_launchers.wait_for_itself(stream) == 0
+        assert faulty_launchers().wait_for_itself(stream) == 0
         with pytest.raises(CudaError, match=str(INVALIDATED)), capture(device):
-            assert faulty_launchers.launch_nothing(stream) == 0
-            assert faulty_launchers.wait_for_itself(stream) == UNSUPPORTED
+            assert faulty_launchers().launch_nothing(stream) == 0
+            assert faulty_launchers().wait_for_itself(stream) == UNSUPPORTED
             host_library().cudart_clear_error()
-            assert faulty_launchers.launch_nothing(stream) == INVALIDATED
+            assert faulty_launchers().launch_nothing(stream) == INVALIDATED
         host_library().cudart_clear_error()
-        assert faulty_launchers.launch_nothing(stream) == 0
+        assert faulty_launchers().launch_nothing(stream) == 0
     assert len(device.launched) == 2
 
 
-def test_the_default_stream_ends_the_capture(faulty_launchers):  # noqa: F811
+def test_the_default_stream_ends_the_capture():
     device = Counting("sm_80")
     with device.active():
         with pytest.raises(CudaError, match=str(INVALIDATED)), capture(device):
-            assert faulty_launchers.launch_nothing(None) == IMPLICIT
+            assert faulty_launchers().launch_nothing(None) == IMPLICIT
         host_library().cudart_clear_error()
     assert not device.launched
 
 
-def test_one_capture_at_a_time(faulty_launchers):  # noqa: F811
+def test_a_graph_keeps_the_order_of_its_stream():
+    memory, stream = ctypes.create_string_buffer(4), ctypes.c_void_p(STREAM)
+    device, library = Counting("sm_80"), host_library()
+    with device.active():
+        with capture(device) as graph:
+            for value in (1, 2):
+                assert library.cudaMemsetAsync(memory, value, ctypes.c_size_t(4), stream) == 0
+        assert memory.raw == bytes(4)
+        graph.replay()
+    assert memory.raw == bytes([2] * 4)
+
+
+def test_one_capture_at_a_time():
     device, stream = Counting("sm_80"), ctypes.c_void_p(STREAM)
     with device.active():
         with capture(device) as graph:
             with pytest.raises(CudaError, match=str(ILLEGAL_STATE)), capture(device):
                 pass
             host_library().cudart_clear_error()
-            assert faulty_launchers.launch_nothing(stream) == 0
+            assert faulty_launchers().launch_nothing(stream) == 0
         graph.replay()
         graph.replay()
     assert len(device.launched) == 2

@@ -94,6 +94,14 @@ def host_library_path() -> Path:
     return build(["g++", "-shared"], objects, ".so", ("-Wl,-z,defs", "-Wl,-Bsymbolic"), "launchers")
 
 
+@functools.cache
+def faulty_launchers() -> ctypes.CDLL:
+    """cudart_faults.cu, for tests of the runtime."""
+    command = [nvcc(), "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none"]
+    command += ["-gencode", "arch=compute_80,code=compute_80"]
+    return ctypes.CDLL(str(build(command, [HERE / "cudart_faults.cu"], ".so", (str(host_library_path()),))))
+
+
 LaunchCallback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_uint,

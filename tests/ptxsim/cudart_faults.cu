@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers with one mistake each, for the tests of cudart.cpp.
+// Launchers, most with one mistake each, for the tests of cudart.cpp.
 #include <cuda_runtime_api.h>
 
 __global__ void nothing() {}
