@@ -16,7 +16,7 @@ import torch
 from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
-from ptxsim.cudart import Device, Recorder, autotune_on, package_on
+from ptxsim.cudart import Device, Recorder, autotune_on, capture, faulty_launchers, package_on
 from ptxsim.ops import (
     BF16,
     F16,
@@ -256,19 +256,11 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def faulty_launchers():
-    command = [cudart.nvcc(), "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none"]
-    command += ["-gencode", "arch=compute_80,code=compute_80"]
-    options = (str(cudart.host_library_path()),)
-    return ctypes.CDLL(str(cudart.build(command, [cudart.HERE / "cudart_faults.cu"], ".so", options)))
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_runtime_refuses(faulty_launchers, fault):
+def test_the_runtime_refuses(fault):
     recorder = Recorder()
     with recorder.active():
-        assert getattr(faulty_launchers, fault)() == FAULTS[fault][0]
+        assert getattr(faulty_launchers(), fault)() == FAULTS[fault][0]
     assert len(recorder.launched) == (FAULTS[fault][0] == 0)
 
 
@@ -285,28 +277,28 @@ def test_the_runtime_refuses(faulty_launchers, fault):
         ("sm_90", 6, 3, 2, 912),
     ],
 )
-def test_clusters_the_runtime_refuses(faulty_launchers, arch, blocks, x, y, error):
+def test_clusters_the_runtime_refuses(arch, blocks, x, y, error):
     """cudaErrorInvalidClusterSize"""
     recorder = Recorder(arch=arch)
     with recorder.active():
-        assert faulty_launchers.cluster_launch(blocks, x, y, None) == error
+        assert faulty_launchers().cluster_launch(blocks, x, y, None) == error
     assert len(recorder.launched) == (error == 0)
 
 
-def test_a_launcher_of_clusters(faulty_launchers):
+def test_a_launcher_of_clusters():
     class Meeting(Device):
         def kernel(self, name):
             return compiled("cluster.cu", "sm_90").kernel("meet")
 
     device = Meeting("sm_90")
     with device.active():
-        assert faulty_launchers.cluster_launch(6, 3, 1, ctypes.c_void_p(STREAM)) == 0
+        assert faulty_launchers().cluster_launch(6, 3, 1, ctypes.c_void_p(STREAM)) == 0
     assert device.clusters == [3] and device.results[0].stats["cluster_wait"] == 6
 
 
-def test_an_error_nobody_asked_for_shows_up(faulty_launchers):
+def test_an_error_nobody_asked_for_shows_up():
     with pytest.raises(AssertionError, match="left CUDA error 9 behind"), Recorder().active():
-        assert faulty_launchers.forgotten_error() == 0
+        assert faulty_launchers().forgotten_error() == 0
 
 
 # ---- through torch ---------------------------------------------------------------------------------------------------
@@ -348,15 +340,21 @@ def test_adapted_linear_on_simulated_kernels(sample):
 
 def test_autotune_times_on_the_stream_but_not_in_a_graph():
     """The ways run several times between events when a product is new, and once while a graph is captured."""
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64).bfloat16()
     q = peftkern.quantize_nf4(torch.randn(48, 64))
     launches = {}
-    for when, capturing in (("captured", True), ("timed", False), ("remembered", False)):
+    for when in ("captured", "timed", "remembered"):
         device = Device("sm_80", host_memory=True)
-        with autotune_on(capturing), package_on(device, [x, q.packed, q.absmax]):
-            y = peftkern.nf4_linear(x, q)
+        with autotune_on(), package_on(device, [x, q.packed, q.absmax]):
+            if when == "captured":
+                with capture(device) as graph:
+                    y = peftkern.nf4_linear(x, q)
+                assert not device.launched
+                graph.replay()
+            else:
+                y = peftkern.nf4_linear(x, q)
         launches[when] = len(device.launched)
-        assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.float32).double().T, torch.float32, when)
+        assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.bfloat16).double().T, torch.bfloat16, when)
     assert launches["captured"] == launches["remembered"] == 1 and launches["timed"] >= 9
 
 

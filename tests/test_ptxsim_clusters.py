@@ -44,9 +44,20 @@ def through_global(module, size, **options):
     return result, (z.array == np.roll(x, -1, axis=1)).all()
 
 
+def last_cluster_sum(module, size, **options):
+    clusters, x = 5, random(5, size, 32)
+    partial, counter, y = buffer(x.shape, FLOAT), buffer(np.zeros(1, INT)), buffer((size, 32), FLOAT)
+    arguments = [buffer(x), partial, counter, y, clusters]
+    result = module.kernel("last_cluster_sum").launch(clusters * size, 32, arguments, cluster=size, **options)
+    return result, np.allclose(y.array, x.sum(0), atol=1e-5)
+
+
+RULES = [sum_of_blocks, pass_on, wide, early_end, through_global, last_cluster_sum]
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("rule", [sum_of_blocks, pass_on, wide, early_end, through_global])
+@pytest.mark.parametrize("rule", RULES)
 def test_rule_is_kept(rule, size, arch):
     for options in SCHEDULES:
         result, right = rule(compiled(FILE, arch), size, **options)
@@ -54,7 +65,7 @@ def test_rule_is_kept(rule, size, arch):
         assert right, f"wrong values with {options}"
 
 
-@pytest.mark.parametrize("rule", [sum_of_blocks, pass_on, wide])
+@pytest.mark.parametrize("rule", RULES)
 def test_no_false_reports(rule):
     for seed in range(20):
         result, right = rule(compiled(FILE, "sm_90"), 3, schedule=("random", "chaos")[seed % 2], seed=seed)
@@ -81,6 +92,7 @@ BUGS = [
     (pass_on, "BUG_MAY_NOT_HAVE_STARTED", "remote_lifetime"),
     (pass_on, "BUG_NO_SECOND_BARRIER", "race"),
     (through_global, "BUG_NOT_PUBLISHED", "race"),
+    (last_cluster_sum, "BUG_NO_FENCE", "race"),
 ]
 
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A CUDA runtime that runs nothing: what nvcc's host code calls, with every kernel launch handed to a callback. Linked
-// to the package's own launchers instead of libcudart, it shows what they ask for: kernel, grid, block, dynamic shared
-// memory, arguments. What the real runtime refuses is refused here, with the same error.
+// A CUDA runtime that runs nothing: what nvcc's host code calls, with every kernel launch handed to a callback, at once
+// or, captured in a graph, when that is launched. Linked to the package's own launchers instead of libcudart, it shows
+// what they ask for: kernel, grid, block, dynamic shared memory, arguments. What the real runtime refuses is refused
+// here, with the same error.
 //
 // Only what the launchers use is here. A launcher that starts to call another runtime function fails to link (-z defs)
 // until that function is added.
@@ -9,9 +10,19 @@
 
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
+
+// What a stream was given while it was captured, in order.
+struct CUgraph_st {
+  std::vector<std::function<cudaError_t()>> nodes;
+  bool ends_with_kernel = false;  // from which a programmatic edge can go
+};
+struct CUgraphExec_st : CUgraph_st {};
 
 namespace {
 
@@ -20,6 +31,9 @@ namespace {
 // many blocks along x run together.
 using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared_memory,
                                void* stream, void** arguments, int overlaps, unsigned cluster);
+// Sizes in bytes of a kernel's parameters; returns how many there are, or -1.
+using ParametersCallback = int (*)(const char* kernel, size_t* sizes);
+constexpr int kMaxParameters = 64;
 
 struct Kernel {
   std::string name;                    // mangled, as in the PTX
@@ -37,8 +51,8 @@ constexpr unsigned kMaxCluster = 8;           // without cudaFuncAttributeNonPor
 
 using Clock = std::chrono::steady_clock;
 
-LaunchCallback callback = nullptr;
-bool capturing = false;
+LaunchCallback launch_callback = nullptr;
+ParametersCallback parameters_callback = nullptr;
 int ptx_version = 80;                               // of the simulated code: 10 * major + minor
 thread_local cudaError_t last_error = cudaSuccess;  // the first one not yet asked for
 
@@ -58,6 +72,36 @@ cudaError_t record(cudaError_t error) {
   return error;
 }
 
+// The capture that is going on, if any: of one stream, in cudaStreamCaptureModeGlobal.
+struct Capture {
+  cudaStream_t stream = nullptr;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  std::unique_ptr<CUgraph_st> graph;
+
+  bool active() const { return status != cudaStreamCaptureStatusNone; }
+  // The default stream would have to wait for the one that is captured.
+  bool takes(cudaStream_t given) const { return active() && (given == stream || !given); }
+  cudaError_t invalidate(cudaError_t error) {
+    status = cudaStreamCaptureStatusInvalidated;
+    return record(error);
+  }
+};
+Capture capture;
+
+// Does what a stream is given, or makes it a node of the graph.
+cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work, bool is_kernel = false) {
+  if (!capture.takes(stream)) return record(work());
+  if (!stream) return capture.invalidate(cudaErrorStreamCaptureImplicit);
+  if (capture.status == cudaStreamCaptureStatusInvalidated) return record(cudaErrorStreamCaptureInvalidated);
+  capture.graph->nodes.push_back(std::move(work));
+  capture.graph->ends_with_kernel = is_kernel;
+  return cudaSuccess;
+}
+// What waits for the device must not be called while a stream is captured.
+cudaError_t refuse_in_capture() {
+  return capture.active() ? capture.invalidate(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
 bool valid(dim3 grid, dim3 block) {
   const bool grid_fits =
       grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
@@ -66,22 +110,39 @@ bool valid(dim3 grid, dim3 block) {
   return grid_fits && block_fits;
 }
 
-cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory, void* stream,
+cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_memory, cudaStream_t stream,
                    bool overlaps, unsigned cluster) {
   const auto kernel = kernels().find(stub);
   if (kernel == kernels().end()) return record(cudaErrorInvalidDeviceFunction);
   if (!valid(grid, block)) return record(cudaErrorInvalidConfiguration);
   if (shared_memory > static_cast<size_t>(kernel->second.max_dynamic_shared)) return record(cudaErrorInvalidValue);
-  const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
-  return record(static_cast<cudaError_t>(callback(kernel->second.name.c_str(), grid_sizes, block_sizes, shared_memory,
-                                                  stream, arguments, overlaps, cluster)));
+  auto run = [=, name = kernel->second.name](void** values, bool overlap) {
+    const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z}, block_sizes[3] = {block.x, block.y, block.z};
+    return static_cast<cudaError_t>(
+        launch_callback(name.c_str(), grid_sizes, block_sizes, shared_memory, stream, values, overlap, cluster));
+  };
+  if (!capture.takes(stream)) return record(run(arguments, overlaps));
+  size_t sizes[kMaxParameters];
+  const int count = parameters_callback(kernel->second.name.c_str(), sizes);
+  if (count < 0) return record(cudaErrorInvalidDeviceFunction);
+  std::vector<std::string> copies;  // a node keeps the values of this moment
+  for (int i = 0; i < count; ++i) copies.emplace_back(static_cast<const char*>(arguments[i]), sizes[i]);
+  const bool edge = overlaps && capture.graph->ends_with_kernel;
+  auto node = [run, copies, edge]() mutable {
+    std::vector<void*> values;
+    for (std::string& copy : copies) values.push_back(copy.data());
+    return run(values.data(), edge);
+  };
+  return enqueue(stream, node, true);
 }
 
 }  // namespace
 
 extern "C" {
 
-void cudart_set_callback(LaunchCallback f) { callback = f; }
+void cudart_set_callbacks(LaunchCallback launch, ParametersCallback parameters) {
+  launch_callback = launch, parameters_callback = parameters;
+}
 // An error that a launcher left behind without returning it.
 int cudart_pending_error() { return last_error; }
 void cudart_clear_error() { last_error = cudaSuccess; }
@@ -182,12 +243,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     default: return record(cudaErrorInvalidValue);
   }
 }
-void cudart_set_capturing(bool on) { capturing = on; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
-  return std::memset(target, value, bytes), cudaSuccess;
+cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t stream) {
+  return enqueue(stream, [=] { return std::memset(target, value, bytes), cudaSuccess; });
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
   return *event = reinterpret_cast<cudaEvent_t>(new Clock::time_point), cudaSuccess;
@@ -195,14 +252,47 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) {
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return delete reinterpret_cast<Clock::time_point*>(event), cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
-  return *reinterpret_cast<Clock::time_point*>(event) = Clock::now(), cudaSuccess;
+// In a capture an event is a place in the graph, neither a moment nor a node.
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (!capture.takes(stream)) *reinterpret_cast<Clock::time_point*>(event) = Clock::now();
+  return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return refuse_in_capture(); }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  if (const cudaError_t error = refuse_in_capture(); error != cudaSuccess) return error;
   const auto elapsed = *reinterpret_cast<Clock::time_point*>(end) - *reinterpret_cast<Clock::time_point*>(start);
   return *milliseconds = std::chrono::duration<float, std::milli>(elapsed).count(), cudaSuccess;
 }
+
+// ---- graphs
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (!stream) return record(cudaErrorStreamCaptureUnsupported);
+  if (capture.active()) return record(cudaErrorIllegalState);
+  capture = {stream, cudaStreamCaptureStatusActive, std::make_unique<CUgraph_st>()};
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return *status = stream == capture.stream ? capture.status : cudaStreamCaptureStatusNone, cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = nullptr;
+  if (!capture.active() || stream != capture.stream) return record(cudaErrorIllegalState);
+  Capture ended = std::exchange(capture, Capture());
+  if (ended.status == cudaStreamCaptureStatusInvalidated) return record(cudaErrorStreamCaptureInvalidated);
+  return *graph = ended.graph.release(), cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  return *executable = new CUgraphExec_st{*graph}, cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  for (const auto& node : executable->nodes) {
+    if (const cudaError_t error = enqueue(stream, node); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -216,6 +306,8 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
     case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     default: return "unrecognized error code";
   }

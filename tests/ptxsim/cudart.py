@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,17 +94,26 @@ def host_library_path() -> Path:
     return build(["g++", "-shared"], objects, ".so", ("-Wl,-z,defs", "-Wl,-Bsymbolic"), "launchers")
 
 
+@functools.cache
+def faulty_launchers() -> ctypes.CDLL:
+    """cudart_faults.cu, for tests of the runtime."""
+    command = [nvcc(), "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none"]
+    command += ["-gencode", "arch=compute_80,code=compute_80"]
+    return ctypes.CDLL(str(build(command, [HERE / "cudart_faults.cu"], ".so", (str(host_library_path()),))))
+
+
 LaunchCallback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_uint,
 )  # fmt: skip
+ParametersCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_size_t))
 
 
 @functools.cache
 def host_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(host_library_path()))
-    library.launch_callback = LaunchCallback(_dispatch)  # kept alive with the library
-    library.cudart_set_callback(library.launch_callback)
+    library.callbacks = LaunchCallback(_dispatch), ParametersCallback(_parameters)  # kept alive with the library
+    library.cudart_set_callbacks(*library.callbacks)
     return library
 
 
@@ -121,6 +131,17 @@ def _dispatch(name, grid, block, shared_memory, stream, arguments, overlaps, clu
     return _current.devices[-1]._launch(
         name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_memory, stream, arguments, bool(overlaps), cluster
     )
+
+
+def _parameters(name, sizes) -> int:
+    try:
+        parameters = _current.devices[-1].kernel(name.decode()).parameters
+    except Exception as error:  # as in Device._launch
+        _current.devices[-1].failure = error
+        return -1
+    for i, parameter in enumerate(parameters):
+        sizes[i] = parameter.size
+    return len(parameters)
 
 
 # ---- the simulated device --------------------------------------------------------------------------------------------
@@ -248,6 +269,64 @@ def find_kernel(arch: str, name: str):
     raise KeyError(f"no PTX holds the kernel {name}")
 
 
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """What the launchers gave their stream while it was captured, and the memory that torch gave meanwhile."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.library, self.executable = device, host_library(), ctypes.c_void_p()
+
+    def replay(self) -> None:
+        if self.device.host_memory:
+            self.device.host_memory.close()
+        _check(self.library.cudaGraphLaunch(self.executable, _STREAM))
+
+
+@contextmanager
+def capture(device: Device) -> Iterator[Graph]:
+    """Launches of the package on `device`, which is active, become a graph and do not run. torch's own operations are
+    those of CPU tensors and run at once."""
+    library, captured, graph = host_library(), ctypes.c_void_p(), Graph(device)
+    _check(library.cudaStreamBeginCapture(_STREAM, 0))
+    pool = _pools().private_pool_begin() if device.host_memory else None
+    try:
+        yield graph
+    finally:
+        error = library.cudaStreamEndCapture(_STREAM, ctypes.byref(captured))
+        if pool:
+            _pools().private_pool_end()
+            weakref.finalize(graph, _pools().private_pool_delete, ctypes.c_void_p(pool))
+    _check(error)
+    _check(library.cudaGraphInstantiate(ctypes.byref(graph.executable), captured, ctypes.c_ulonglong(0)))
+    library.cudaGraphDestroy(captured)
+    weakref.finalize(graph, library.cudaGraphExecDestroy, graph.executable)
+
+
+_STREAM = ctypes.c_void_p(STREAM)
+
+
+def _check(error: int) -> None:
+    if error:
+        raise CudaError(error)
+
+
+class CudaError(RuntimeError):
+    """The number of a cudaError_t."""
+
+
+@functools.cache
+def _pools() -> ctypes.CDLL:
+    from torch.utils import cpp_extension
+
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", *_torch_includes()]
+    folders = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    library = ctypes.CDLL(str(build(command, [HERE / "private_pool.cpp"], ".so", (*folders, "-lc10", "-Wl,-z,defs"))))
+    library.private_pool_begin.restype = ctypes.c_void_p
+    return library
+
+
 # ---- real memory -----------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +395,14 @@ def _device_ops() -> list[str]:
     return sorted(set(re.findall(r'm\.impl\("(\w+)"', "".join(p.read_text() for p in CUDA_SOURCES.glob("*.cpp")))))
 
 
+def _torch_includes() -> list[str]:
+    import torch
+    from torch.utils import cpp_extension
+
+    version = re.sub(r"[^0-9A-Za-z]", "_", torch.__version__)  # another torch, another build
+    return [*(f"-I{folder}" for folder in cpp_extension.include_paths()), f"-DPTXSIM_TORCH_{version}"]
+
+
 @functools.cache
 def simulated_ops():
     """torch.ops.peftkern_simulated: the CUDA implementations, csrc/cuda/*.cpp, registered for CPU tensors."""
@@ -326,15 +413,14 @@ def simulated_ops():
 
     host_library()  # the glue links to it, and it has to have its callback
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}", f"-I{CUDA_SOURCES}"]
-    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     command += [
+        *_torch_includes(),
         f"-DPTXSIM_STREAM={STREAM}",
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-include",
         str(HERE / "glue.h"),
     ]
-    command += [f"-DPTXSIM_TORCH_{re.sub(r'[^0-9A-Za-z]', '_', torch.__version__)}"]  # another torch, another build
     path = host_library_path()
     options = [str(path), f"-Wl,-rpath,{path.parent}", *(f"-L{folder}" for folder in cpp_extension.library_paths())]
     # ops.cpp holds the schemas and the module; the rest beside it belongs to all devices.
@@ -351,17 +437,15 @@ def simulated_ops():
 
 
 @contextmanager
-def autotune_on(capturing: bool) -> Iterator[None]:
-    """The simulated ops time the ways to make their products, and a CUDA graph is being captured, or not."""
+def autotune_on() -> Iterator[None]:
+    """The simulated ops time the ways to make their products."""
     simulated_ops()
     set_autotune = simulated_ops.glue._ZN8peftkern12set_autotuneEb
-    host_library().cudart_set_capturing(ctypes.c_bool(capturing))
     set_autotune(ctypes.c_bool(True))
     try:
         yield
     finally:
         set_autotune(ctypes.c_bool(False))
-        host_library().cudart_set_capturing(ctypes.c_bool(False))
 
 
 @contextmanager

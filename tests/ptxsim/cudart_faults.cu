@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers with one mistake each, for the tests of cudart.cpp.
+// Launchers, most with one mistake each, for the tests of cudart.cpp.
 #include <cuda_runtime_api.h>
 
 __global__ void nothing() {}
@@ -39,6 +39,20 @@ int cluster_launch(unsigned blocks, unsigned x, unsigned y, cudaStream_t stream)
   config.gridDim = dim3(blocks), config.blockDim = dim3(32), config.stream = stream;
   config.attrs = &attribute, config.numAttrs = 1;
   cudaLaunchKernelEx(&config, nothing);
+  return cudaGetLastError();
+}
+// As a launcher that times itself; inside a capture it may not wait.
+int wait_for_itself(cudaStream_t stream) {
+  cudaEvent_t event;
+  cudaEventCreate(&event);
+  nothing<<<1, 32, 0, stream>>>();
+  cudaEventRecord(event, stream);
+  const cudaError_t error = cudaEventSynchronize(event);
+  cudaEventDestroy(event);
+  return error;
+}
+int launch_nothing(cudaStream_t stream) {
+  nothing<<<1, 32, 0, stream>>>();
   return cudaGetLastError();
 }
 int forgotten_error() {

@@ -85,6 +85,7 @@ void Machine::complete_cluster_barrier() {
   if (!arrived_ || arrived_ < alive) return;
   arrived_ = 0;
   released_.push_back(released_.back());
+  share_taken_in();
   Block* const turn = block_;
   for (Block& block : cluster_) {
     block_ = &block;
@@ -95,6 +96,17 @@ void Machine::complete_cluster_barrier() {
     }
   }
   block_ = turn;
+}
+
+// What one block took in from others by an atomic, all of its cluster have after their barrier.
+void Machine::share_taken_in() {
+  for (const Block& from : cluster_) {
+    if (!from.has_taken_in) continue;
+    for (Block& to : cluster_) {
+      for (size_t i = 0; i < to.taken_in.size(); ++i) to.taken_in[i] |= from.taken_in[i];
+      to.has_taken_in = true;
+    }
+  }
 }
 
 // Lanes that have exited. With the last thread of a block its memory goes: every access of the other blocks has to be

@@ -91,7 +91,7 @@ struct Block {
   // the cluster's barrier it knows what the other blocks released.
   std::vector<u32> clocks;
   std::vector<u8> taken_in;  // blocks whose published writes this block may read
-  bool fenced = false;
+  bool has_taken_in = false, fenced = false;
   u32 last_phase = 0;  // the latest that a thread knew when it ended
 
   u32 threads_alive() const {
@@ -164,7 +164,7 @@ class Machine {
   bool happened_before(Touch touch, u32 thread) const;
   void track(Region& region, u64 offset, int size, u32 thread, AccessKind kind, bool strong, const u8* value);
   void join_clocks(Warp& w, u32 mask);
-  void publish_and_take_in(u64 address, bool release);
+  void publish_and_take_in(u32 thread, u64 address, bool release);
 
   // counters.cpp
   void count_request(InstructionStats& stats, u32 mask, const u64* address, int size, int space);
@@ -198,6 +198,7 @@ class Machine {
   void pass_cluster_barrier(Warp& w, u32 mask);
   void leave_cluster(Warp& w, u32 mask);
   void complete_cluster_barrier();
+  void share_taken_in();
   bool was_released(Touch touch, u32 phase) const;
   u32 phase() const { return static_cast<u32>(released_.size()) - 1; }
 

@@ -128,7 +128,7 @@ void Machine::atomic(Warp& w, const I& in, u32 mask) {
   for_lanes(mask, [&](int l) {
     u8* bytes = access(w.thread(l), in.space, address[l], size, AccessKind::atomic, in);
     if (!bytes) return;
-    if (in.space <= space_global) publish_and_take_in(address[l], in.flags & flag_release);
+    if (in.space <= space_global) publish_and_take_in(w.thread(l), address[l], in.flags & flag_release);
     const u64 value = w.slot(in.operands[address_at + 1])[l];
     const u64 replacement = in.sources > 2 ? w.slot(in.operands[address_at + 2])[l] : 0;
     u64 old = 0;

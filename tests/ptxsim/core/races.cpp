@@ -68,8 +68,9 @@ void Machine::join_clocks(Warp& w, u32 mask) {
 }
 
 // An atomic takes in what other blocks published on the same word, and publishes this block's writes if a fence came
-// before it. (All of the block's: a barrier before the fence makes it cumulative. A missing acquire is not seen.)
-void Machine::publish_and_take_in(u64 address, bool release) {
+// before it. (All of the block's, and of its cluster's after a phase of their barrier: a barrier before the fence makes
+// it cumulative. A missing acquire is not seen.)
+void Machine::publish_and_take_in(u32 thread, u64 address, bool release) {
   Published& published = published_[address];
   if (published.reader != block_->index) {
     published.reader = block_->index;
@@ -77,9 +78,14 @@ void Machine::publish_and_take_in(u64 address, bool release) {
   }
   for (; published.taken_in < published.blocks.size(); ++published.taken_in) {
     block_->taken_in[published.blocks[published.taken_in] & Touch::block_mask] = 1;
+    block_->has_taken_in = true;
   }
   const bool known = !published.blocks.empty() && published.blocks.back() == block_->index;
-  if ((block_->fenced || release) && !known) published.blocks.push_back(block_->index);
+  if (known || !(block_->fenced || release)) return;
+  if (tracking() && clocks_of(thread)[threads_in_block_]) {
+    for (const Block& block : cluster_) published.blocks.push_back(block.index);
+  }
+  published.blocks.push_back(block_->index);
 }
 
 }  // namespace ptxsim

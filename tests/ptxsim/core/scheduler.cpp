@@ -253,7 +253,7 @@ void Machine::start_block(Block& block, u32 index, const std::vector<u64>& const
     thread.arrived = 0;
   }
   block.index = index;
-  block.fenced = false;
+  block.fenced = block.has_taken_in = false;
   block.last_phase = 0;
   std::fill(block.taken_in.begin(), block.taken_in.end(), 0);
   if (tracking()) {

@@ -163,6 +163,27 @@ __global__ void through_global(const float* x, float* y, float* z) {
   z[t] = y[t + ((rank + 1) % cluster_blocks() - rank) * 32];  // <- BUG_NOT_PUBLISHED
 }
 
+// One thread tells for its cluster that all of it has written; the blocks of the last cluster add up what all wrote.
+__global__ void last_cluster_sum(const float* x, float* partial, unsigned* counter, float* y, unsigned clusters) {
+  __shared__ float is_last;
+  const unsigned t = threadIdx.x, rank = cluster_rank(), blocks = cluster_blocks();
+  partial[blockIdx.x * 32 + t] = x[blockIdx.x * 32 + t];  // <- BUG_NO_FENCE
+  cluster_sync();
+  if (rank == 0 && t == 0) {
+#ifndef BUG_NO_FENCE
+    __threadfence();
+#endif
+    is_last = atomicAdd(counter, 1) == clusters - 1;
+  }
+  cluster_sync();
+  const bool last = load_float(address_of(&is_last, 0));
+  cluster_sync();
+  if (!last) return;
+  float sum = 0;
+  for (unsigned i = rank; i < clusters * blocks; i += blocks) sum += partial[i * 32 + t];  // <- BUG_NO_FENCE
+  y[rank * 32 + t] = sum;
+}
+
 // May overlap with the launch that writes `filled` (grid_dependency.cu).
 __global__ void after_fill(const float* filled, float* y) {
   cluster_sync();
