@@ -17,7 +17,19 @@ from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
 from ptxsim.cudart import Device, Recorder, autotune_on, package_on
-from ptxsim.ops import BF16, F16, F32, OPS, ColumnSums, DequantizeNf4, JacobiSvd, Nf4Forward, Nf4Matrix, QuantizeNf4
+from ptxsim.ops import (
+    BF16,
+    F16,
+    F32,
+    OPS,
+    ColumnSums,
+    DequantizeNf4,
+    JacobiSvd,
+    Nf4Forward,
+    Nf4Matrix,
+    QuantizeAbsmax,
+    QuantizeNf4,
+)
 from ptxsim.ops_cases import (
     CASES,
     SCHEDULED,
@@ -207,6 +219,7 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
     [
         QuantizeNf4(block_size=48, n=64),
         DequantizeNf4(block_size=48, n=64),
+        QuantizeAbsmax(n=64),  # without a workspace
         JacobiSvd(batch=1, n=1025),
         OPS["low_rank_grad"](x_dtype=F32, rows=8, columns=8, rank=8, sums=8),
         forward(block_size=48),
