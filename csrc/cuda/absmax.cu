@@ -19,6 +19,7 @@ constexpr int kAbsmaxThreads = 256;
 constexpr int kAbsmaxWarps = kAbsmaxThreads / 32;
 constexpr int kHalf = 32 * kQuad;
 static_assert(kNestedBlockSize == 2 * kHalf, "a warp takes one block");
+static_assert(kAbsmaxThreads == 256, "a thread makes one midpoint");
 
 constexpr int kSumQuads = 4;  // of a thread at once: so many loads are in flight
 constexpr int64_t kPartValues = kAbsmaxThreads * kSumQuads * kQuad;
@@ -95,9 +96,8 @@ __global__ void __launch_bounds__(kAbsmaxThreads) quantize_absmax_kernel(Quantiz
     load_quad(args.absmax + index + half * kHalf, valid - half * kHalf, absmax_aligned, v[half]);
   }
 
-  if (const int i = threadIdx.x; i < 255) {
-    midpoints[i % 8][i / 8] = __fmul_rn(0.5f, __fadd_rn(dynamic_code(i), dynamic_code(i + 1)));
-  }
+  const int code = threadIdx.x;  // of the last one nothing is read
+  midpoints[code % 8][code / 8] = __fmul_rn(0.5f, __fadd_rn(dynamic_code(code), dynamic_code(code + 1)));
   if (warp == 0) {
     double sum = 0.0;
     for (int part = lane; part < parts; part += 32) sum += args.workspace[part];
