@@ -603,7 +603,7 @@ def test_dora_norm():
 
 
 def test_jacobi_svd():
-    batch, n, device = 2**26 + 3, 8, EndsOnly()
+    batch, n, device = 2**29 + 3, 8, EndsOnly()
     vectors = Large(device, batch, n * n, torch.float64, "vectors")
     vectors.update()
     values = Large(device, batch, n, torch.float64, "values", writable=True)
