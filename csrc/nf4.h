@@ -115,9 +115,10 @@ struct Nf4Product {
 struct QuantizeAbsmax {
   const float* absmax;  // [n]
   int64_t n;
-  uint8_t* codes;        // [n]
-  float* nested_absmax;  // [ceil(n / 256)]
-  float* offset;         // [1]
+  uint8_t* codes;               // [n]
+  float* nested_absmax;         // [ceil(n / 256)]
+  float* offset;                // [1]
+  double* workspace = nullptr;  // CUDA alone: [quantize_absmax_workspace(...)]
 };
 
 struct DequantizeAbsmax {

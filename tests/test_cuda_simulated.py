@@ -28,6 +28,7 @@ from ptxsim.ops import (
     JacobiSvd,
     Nf4Forward,
     Nf4Matrix,
+    QuantizeAbsmax,
     QuantizeNf4,
 )
 from ptxsim.ops_cases import (
@@ -220,6 +221,7 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
     [
         QuantizeNf4(block_size=48, n=64),
         DequantizeNf4(block_size=48, n=64),
+        QuantizeAbsmax(n=64),  # without a workspace
         JacobiSvd(batch=1, n=1025),
         OPS["low_rank_grad"](x_dtype=F32, rows=8, columns=8, rank=8, sums=8),
         forward(block_size=48),

@@ -90,7 +90,9 @@ class CudaBackend {
   }
   void nf4_forward(const Nf4Forward& args) const { check(launch_nf4_forward(args, stream_), "nf4_forward"); }
   void nf4_gradient(const Nf4Gradient& args) const { check(launch_nf4_gradient(args, stream_), "nf4_gradient"); }
-  void quantize_absmax(const QuantizeAbsmax& args) const {
+  void quantize_absmax(QuantizeAbsmax args) const {
+    const Tensor workspace = empty(like_, {quantize_absmax_workspace(args)}, ScalarType::Double);
+    args.workspace = static_cast<double*>(workspace.mutable_data_ptr());
     check(launch_quantize_absmax(args, stream_), "quantize_absmax");
   }
   void dequantize_absmax(const DequantizeAbsmax& args) const {

@@ -20,6 +20,7 @@ int64_t low_rank_down_workspace(const LowRankDown& args);
 int64_t low_rank_grad_workspace(const LowRankGrad& args);
 int64_t multi_lora_down_workspace(const MultiLoraDown& args);
 int64_t multi_lora_grad_workspace(const MultiLoraGrad& args);
+int64_t quantize_absmax_workspace(const QuantizeAbsmax& args);  // doubles
 
 cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream);
 cudaError_t launch_low_rank_up(const LowRankUp& args, cudaStream_t stream);

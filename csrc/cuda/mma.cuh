@@ -157,6 +157,19 @@ __device__ __forceinline__ void store_quad(T* target, int64_t valid, bool aligne
   }
 }
 
+__device__ __forceinline__ void store_quad(float* target, int64_t valid, bool aligned, const float (&v)[kQuad]) {
+  if (aligned && valid >= kQuad) {
+    const uint32_t words[kQuad] = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                                   __float_as_uint(v[3])};
+    store_16_bytes(target, words);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (j < valid) target[j] = v[j];
+    }
+  }
+}
+
 // A quad as bf16 pairs, high + low as split_pair() has them.
 struct SplitQuad {
   uint32_t high[2], low[2];

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kUpThreads, 3) multi_lora_up_kernel(MultiLoraU
 
 cudaError_t launch_multi_lora_up(const MultiLoraUp& args, cudaStream_t stream) {
   if (args.groups.rows == 0 || args.columns == 0 || args.rank == 0) return cudaSuccess;
-  const int64_t tiles = ceil_div(args.columns, kUpColumns) * max_row_tiles(args.groups.rows, args.groups.adapters);
+  const int64_t tiles = ceil_div(args.columns, kUpColumns) * most_row_tiles(args.groups);
   dispatch(args.y_dtype, [&](auto tag) {
     multi_lora_up_kernel<decltype(tag)><<<static_cast<unsigned>(tiles), kUpThreads, 0, stream>>>(args);
   });

@@ -6,6 +6,7 @@
 // work and there are as many blocks as factors: 420 in a model of 210 layers.
 #include "convert.cuh"
 #include "kernels.h"
+#include "reduce.cuh"
 #include "table.cuh"
 
 namespace peftkern {
@@ -85,8 +86,7 @@ __global__ void __launch_bounds__(kGramThreads, 4)
 // In fp64, as on the CPU: a thread a sum, then the lanes, then the warps.
 __device__ __forceinline__ double block_sum(double sum) {
   __shared__ double partial[kGramThreads / 32];
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+  sum = sum_of_warp(sum);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
   double total = 0.0;

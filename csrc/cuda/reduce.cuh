@@ -43,6 +43,13 @@ struct PartialSums {
   }
 };
 
+// In all lanes, by the same tree.
+__device__ __forceinline__ double sum_of_warp(double v) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffff, v, distance);
+  return v;
+}
+
 // Largest of the `lanes` (a power of two) neighbouring lanes. On the bits of |v|: as integers they are ordered like the
 // values, with infinity and NaN on top, so neither can get lost.
 __device__ __forceinline__ uint32_t max_of_lanes(uint32_t bits, int lanes) {

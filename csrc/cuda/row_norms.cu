@@ -8,19 +8,13 @@
 // rows, and B[n, j] is one address for all of them. Each lane's terms are added in order, the lanes by a tree: the
 // result depends on the shape alone. Sums are in fp64, also where a GPU has one fp64 unit for 64 of fp32: the first
 // kernel runs once for a frozen weight, the second has rank^2 terms a row.
-#include "chunk.cuh"
 #include "kernels.h"
+#include "reduce.cuh"
 
 namespace peftkern {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormRows = kNormThreads / 32;
-
-__device__ __forceinline__ double sum_of_warp(double v) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffff, v, distance);
-  return v;
-}
 
 __device__ __forceinline__ void add_squares(const float (&v)[kChunk], double& sum) {
 #pragma unroll

@@ -229,9 +229,15 @@ class Nf4Gradient(ctypes.Structure):
 class QuantizeAbsmax(ctypes.Structure):
     _fields_ = [
         ("absmax", c_void_p), ("n", c_int64), ("codes", c_void_p), ("nested_absmax", c_void_p), ("offset", c_void_p),
+        ("workspace", c_void_p),
     ]  # fmt: skip
 
+    def workspace_size(self) -> int:
+        """quantize_absmax_workspace: a double for each 4,096 values."""
+        return min(-(-self.n // 4096), 64)
+
     def operands(self) -> Iterator[Operand]:
+        yield Operand("workspace", self.workspace_size() * 8, WRITE)
         yield Operand("absmax", self.n * 4, READ)
         yield Operand("codes", self.n, WRITE)
         yield Operand("nested_absmax", -(-self.n // 256) * 4, WRITE)

@@ -264,20 +264,23 @@ def _dequantize_nf4(n, block_size, out=F32, misaligned=0) -> Problem:
 
 
 def _quantize_absmax(n, kind="random", misaligned=0) -> Problem:
-    """kind "ties": a mean of 0 and values halfway between two codes."""
+    """kind "ties": a mean of 0, values halfway between two codes in one block, and the next ones in another."""
     problem = Problem()
     if kind == "ties":
         codes = reference.dynamic_codes()
-        halfway = torch.cat([(codes[1:] + codes[:-1]) / 2, torch.ones(1)])[-128:]
-        absmax = torch.cat([halfway, -halfway]).repeat(-(-n // 256))[:n]
+        halfway = ((codes[1:] + codes[:-1]) / 2)[-128:]
+        halves = [torch.cat([v[1:], torch.ones(1)]) for v in (halfway, halfway.nextafter(torch.tensor(2.0)))]
+        absmax = torch.cat([sign * v for v in halves for sign in (1, -1)])[:n]
     else:
         absmax = {"random": torch.randn(n).abs() * 0.05, "constant": torch.full((n,), 0.25), "zero": torch.zeros(n)}[
             kind
         ]
     problem.args = QuantizeAbsmax(
-        absmax=problem.place("absmax", absmax), n=n, codes=problem.reserve("codes", n, torch.uint8, misaligned),
+        absmax=problem.place("absmax", absmax, misaligned), n=n,
+        codes=problem.reserve("codes", n, torch.uint8, misaligned),
         nested_absmax=problem.reserve("nested_absmax", -(-n // 256)), offset=problem.reserve("offset", 1),
     )  # fmt: skip
+    problem.reserve_workspace(torch.float64)
 
     def check() -> None:
         codes, nested, offset = reference.quantize_absmax(absmax)
@@ -289,13 +292,16 @@ def _quantize_absmax(n, kind="random", misaligned=0) -> Problem:
     return problem
 
 
-def _dequantize_absmax(n) -> Problem:
+def _dequantize_absmax(n, kind="random", misaligned=0) -> Problem:
+    """kind "codes": their values themselves."""
     problem = Problem()
     codes, nested = torch.randint(256, (n,), dtype=torch.uint8), torch.rand(-(-n // 256)) * 0.1
     offset = torch.rand(1)
+    if kind == "codes":
+        codes, nested, offset = torch.arange(n).to(torch.uint8), torch.ones_like(nested), torch.zeros(1)
     problem.args = DequantizeAbsmax(
-        codes=problem.place("codes", codes), nested_absmax=problem.place("nested_absmax", nested),
-        offset=problem.place("offset", offset), n=n, absmax=problem.reserve("absmax", n),
+        codes=problem.place("codes", codes, misaligned), nested_absmax=problem.place("nested_absmax", nested),
+        offset=problem.place("offset", offset), n=n, absmax=problem.reserve("absmax", n, misaligned=misaligned),
     )  # fmt: skip
 
     def check() -> None:
@@ -382,6 +388,9 @@ def _nf4_cases():
     yield case("quantize_absmax", n=600, kind="zero")
     yield case("quantize_absmax", n=512, kind="ties")
     yield case("quantize_absmax", n=530, misaligned=1)
+    yield case("quantize_absmax", n=64 * 4096 + 5)  # one part has two steps
+    yield case("dequantize_absmax", n=256, kind="codes")
+    yield case("dequantize_absmax", n=530, misaligned=1)
 
 
 _other_cases = gemm_cases(), gradient_cases(), multi_cases(), allocation_cases(), dora_cases()

@@ -63,10 +63,14 @@ OPERANDS = {
         "workspace": "to[0] =", "workspace ": "to[stride_] =", "workspace  ": "row_pair(from[0], from[stride_])",
     },
     "quantize_absmax": {
-        "absmax, for the mean": "args.absmax[i]", "absmax": "load_quad(args.absmax", "codes": "(codes) = word",
-        "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset", "table": "kDynamicTable[",
+        "absmax, for the mean": "load_quad(args.absmax + at", "absmax": "load_quad(args.absmax + index",
+        "codes": "(codes) = word", "nested_absmax": "args.nested_absmax[block]", "offset": "args.offset",
+        "workspace": "args.workspace[",
     },
-    "dequantize_absmax": {"table": "kDynamicTable[", "all four": "args.absmax[i] ="},
+    "dequantize_absmax": {
+        "codes": "(codes);", "nested_absmax and offset": "args.nested_absmax[block]",
+        "absmax": "store_quad(args.absmax",
+    },
 }  # fmt: skip
 # Where the field of the struct has another name.
 FIELDS = {
@@ -75,7 +79,7 @@ FIELDS = {
     "factor": ("factor.data",), "factors": ("factors.data",), "y ": ("y",),
     **dict.fromkeys(("plan", "plan ", "plan  "), ("groups.offsets", "groups.order", "groups.tiles")),
     "absmax, for the mean": ("absmax",),
-    "out_scale and bias": ("out_scale", "bias"), "all four": ("codes", "nested_absmax", "offset", "absmax"),
+    "out_scale and bias": ("out_scale", "bias"), "nested_absmax and offset": ("nested_absmax", "offset"),
 }  # fmt: skip
 
 

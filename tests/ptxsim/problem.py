@@ -53,10 +53,10 @@ class Problem:
         self.offsets[name] = lead
         return self.buffers[name].address + lead
 
-    def reserve_workspace(self) -> None:
+    def reserve_workspace(self, dtype: torch.dtype = torch.float32) -> None:
         """What the arguments ask for: uninitialised, and reading what was not written is reported."""
         if self.args.workspace_size():
-            self.args.workspace = self.reserve("workspace", self.args.workspace_size())
+            self.args.workspace = self.reserve("workspace", self.args.workspace_size(), dtype)
 
     def result(self, name: str, dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
         data = self.buffers[name].numpy(np.uint8)[self.offsets[name] :].copy()
