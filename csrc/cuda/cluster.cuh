@@ -73,13 +73,13 @@ __device__ __forceinline__ float4 load_of_block(const float4& own, unsigned rank
 #endif
 }
 
-// Of n results of a cluster those that this block makes: whole warps of them, so that memory is asked for whole sectors.
+// Of n results of a cluster those that this block makes: whole units, so that its warps ask memory for whole sectors.
 struct ClusterShare {
   unsigned first, last;
 
-  __device__ __forceinline__ explicit ClusterShare(unsigned n) {
-    const unsigned warps = (n + 31) / 32, rank = cluster_rank(), blocks = cluster_blocks();
-    first = warps * rank / blocks * 32, last = min(warps * (rank + 1) / blocks * 32, n);
+  __device__ __forceinline__ explicit ClusterShare(unsigned n, unsigned unit = 32) {
+    const unsigned units = (n + unit - 1) / unit, rank = cluster_rank(), blocks = cluster_blocks();
+    first = units * rank / blocks * unit, last = min(units * (rank + 1) / blocks * unit, n);
   }
 };
 

@@ -216,9 +216,9 @@ struct DownTile {
       }
     }
     cluster_sync();
-    const ClusterShare share(rows * kRanks);
-    for (unsigned i = share.first + threadIdx.x; i < share.last; i += kDownThreads) {
-      const int row = i / kRanks, rank = i % kRanks;
+    const ClusterShare share(rows, kRanks < 32 ? 32 / kRanks : 1);
+    const int rank = threadIdx.x % kRanks;
+    for (unsigned row = share.first + threadIdx.x / kRanks; row < share.last; row += kDownThreads / kRanks) {
       float total = 0.0f;
       for (unsigned block = 0; block < cluster_blocks(); ++block) {
         float of_block = 0.0f;

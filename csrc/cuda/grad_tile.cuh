@@ -9,7 +9,8 @@
 //
 // In a step lane 4 g + t loads the columns 8 g .. 8 g + 7 of rows t and t + 4: its part of 8 products [ranks, 8 rows] x
 // [8 rows, 8 columns], the n-th over the columns n, 8 + n, .. 56 + n. u is split once a block and kept in shared memory
-// in the order in which lanes need it. The warps of a column, and the blocks of a cluster, then add up in a fixed order.
+// in the order in which lanes need it. The warps of a column, and the blocks of a cluster, then add up in a fixed
+// order.
 #pragma once
 #include "chunk.cuh"
 #include "cluster.cuh"
@@ -121,34 +122,38 @@ struct GradTile {
     return total;
   }
 
-  // each(rank, column, total) for those of the tile below `ranks` and `columns`, where these sums meet. Neighbouring
-  // threads get neighbouring elements in either layout. All threads take part.
+  // each(rank, column, total) for those of the tile below `ranks` and `columns`, where these sums meet; without rows,
+  // and that in all blocks of the cluster, zeros. Neighbouring threads get neighbouring elements in either layout. All
+  // threads take part.
   template <class Each>
   __device__ __forceinline__ void for_each_total(const Sums& sum, bool rank_major, int64_t ranks, int64_t columns,
-                                                 float scale, const Each& each) {
+                                                 float scale, bool no_rows, const Each& each) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      cluster_sync();
+      if (!no_rows) {
+        cluster_sync();
 #pragma unroll
-      for (int n = 0; n < kChunk; ++n) {
+        for (int n = 0; n < kChunk; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          part[warp][place(rank_major, g + i / 2 * 8, 16 * t + i % 2 * 8 + n)] = sum[tile][n][i];
+          for (int i = 0; i < 4; ++i) {
+            part[warp][place(rank_major, g + i / 2 * 8, 16 * t + i % 2 * 8 + n)] = sum[tile][n][i];
+          }
         }
+        cluster_sync();
       }
-      cluster_sync();
       const ClusterShare share(kTileRanks * kGradColumns);
       for (unsigned i = share.first + threadIdx.x; i < share.last; i += kGradThreads) {
         const int r = rank_major ? i / kGradColumns : i % kTileRanks;
         const int c = rank_major ? i % kGradColumns : i / kTileRanks;
         if (tile * kTileRanks + r >= ranks || c >= columns) continue;
-        each(tile * kTileRanks + r, c, total_of(c, scale, [&](int w, unsigned block) {
-               return load_of_block(part[w][place(rank_major, r, c % kWarpColumns)], block);
-             }));
+        const auto sum_of = [&](int w, unsigned block) {
+          return load_of_block(part[w][place(rank_major, r, c % kWarpColumns)], block);
+        };
+        each(tile * kTileRanks + r, c, no_rows ? 0.0f : total_of(c, scale, sum_of));
       }
     }
-    cluster_sync();  // all have read
+    if (!no_rows) cluster_sync();  // all have read
   }
 
  private:

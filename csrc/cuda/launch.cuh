@@ -15,8 +15,8 @@ struct Launch {
   bool overlap = false;  // start while the launch before this one runs; counts only for code that waits for it
 };
 
-// kernel<<<...>>>(args...). `parts` neighbouring blocks share a sum: in a cluster they have added them up at the end, as
-// parts.cuh says; parts becomes how many are left to be added.
+// kernel<<<...>>>(args...). `parts` neighbouring blocks share a sum: in a cluster they have added them up at the end,
+// as parts.cuh says; parts becomes how many are left to be added.
 template <class... Parameters, class... Args>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& launch, int64_t& parts, const Args&... args) {
   cudaFuncAttributes code = {};

@@ -70,17 +70,17 @@ __global__ void __launch_bounds__(kGradThreads, sizeof(T) == 2 && kTiles == 1 ? 
   }
 
   float* workspace = args.workspace + part * args.rank * args.columns;
-  shared.for_each_total(
-      sum, args.rank_major, args.rank - first_rank, args.columns - first_column, args.alpha * args.dropout.scale,
-      [&](int r, int c, float total) {
-        const int64_t rank = first_rank + r, column = first_column + c;
-        const int64_t index = args.rank_major ? rank * args.columns + column : column * args.rank + rank;
-        if (parts > 1) {
-          workspace[index] = total;
-        } else {
-          store_as(args.grad, args.grad_dtype, index, total);
-        }
-      });
+  shared.for_each_total(sum, args.rank_major, args.rank - first_rank, args.columns - first_column,
+                        args.alpha * args.dropout.scale, false, [&](int r, int c, float total) {
+                          const int64_t rank = first_rank + r, column = first_column + c;
+                          const int64_t index =
+                              args.rank_major ? rank * args.columns + column : column * args.rank + rank;
+                          if (parts > 1) {
+                            workspace[index] = total;
+                          } else {
+                            store_as(args.grad, args.grad_dtype, index, total);
+                          }
+                        });
 }
 
 __global__ void __launch_bounds__(kPartThreads) low_rank_grad_sum_kernel(LowRankGrad args, PartsLeft left) {

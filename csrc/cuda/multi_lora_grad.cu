@@ -2,8 +2,8 @@
 // MultiLoraGrad of multi_low_rank.h:  grad[a] = alpha_a * sum over the entries e of a of u[e]^T drop(x[order[e]])
 //
 // low_rank_grad.cu for each adapter: a block takes 16 kTiles ranks, 128 columns and a slab of the rows of one adapter
-// (grad_tile.cuh), which are neighbours in u and gathered from x. How many rows it has, only the device knows, but not in
-// how many slabs they are divided (parts.cuh). What is past the adapter's rank, or has no rows, becomes zero.
+// (grad_tile.cuh), which are neighbours in u and gathered from x. How many rows it has, only the device knows, but not
+// in how many slabs they are divided (parts.cuh). What is past the adapter's rank, or has no rows, becomes zero.
 #include "../nf4.h"
 #include "grad_tile.cuh"
 #include "kernels.h"
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kGradThreads) multi_lora_grad_kernel(MultiLora
   const float scale = alpha_of(args.alphas, args.alpha, adapter, args.groups.adapters) * args.dropout.scale;
   const int64_t base = adapter * args.rank * args.columns;
   float* part = args.workspace + slab / cluster_blocks() * args.groups.adapters * args.rank * args.columns;
-  shared.for_each_total(sum, args.rank_major, args.rank - first_rank, args.columns - first_column, scale,
+  shared.for_each_total(sum, args.rank_major, args.rank - first_rank, args.columns - first_column, scale, stages == 0,
                         [&](int r, int c, float total) {
                           const int64_t at = first_rank + r, column = first_column + c;
                           const int64_t index =

@@ -25,9 +25,9 @@
 // enter the bf16 tensor cores as the sums high + low of two bf16 values, of which the product low * low is left out:
 // relative error of a term below 3 * 2^-18.
 //
-// Few tiles and a long `in`: `splits` neighbouring blocks share the sum of a tile (parts.cuh). Without clusters a second
-// kernel adds their parts. The other way, the last block to arrive adds them, needs a counter that something has set to
-// zero before: that is a launch as well, and fences and atomics.
+// Few tiles and a long `in`: `splits` neighbouring blocks share the sum of a tile (parts.cuh). Without clusters a
+// second kernel adds their parts. The other way, the last block to arrive adds them, needs a counter that something has
+// set to zero before: that is a launch as well, and fences and atomics.
 #include "grid_dependency.cuh"
 #include "kernels.h"
 #include "nf4_table.cuh"

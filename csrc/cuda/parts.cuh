@@ -37,8 +37,7 @@ inline int64_t part_count(int64_t tiles, int64_t terms, int64_t blocks = kPartBl
 struct PartsLeft {
   int parts, together;
 
-  PartsLeft(int64_t made, int64_t left)
-      : parts(static_cast<int>(left)), together(left == made ? kClusterBlocks : 1) {}
+  PartsLeft(int64_t made, int64_t left) : parts(static_cast<int>(left)), together(left == made ? kClusterBlocks : 1) {}
 };
 
 // Neighbouring sums of a thread.
@@ -57,9 +56,9 @@ template <int kCount, class Get>
 __device__ __forceinline__ Sums<kCount> sum_of_parts(const PartsLeft& left, const Get& get) {
   Sums<kCount> total, sum;
 #pragma unroll 8
-  for (int part = 0; part < left.parts; ++part) {
+  for (int part = 0, last = left.together - 1; part < left.parts; ++part) {
     sum.add(get(part));
-    if ((part + 1) % left.together == 0) total.add(sum), sum = {};
+    if (part == last) total.add(sum), sum = {}, last += left.together;
   }
   total.add(sum);
   return total;
