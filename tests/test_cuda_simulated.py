@@ -209,8 +209,6 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
         DequantizeNf4(block_size=48, n=64),
         JacobiSvd(batch=1, n=1025),
         OPS["low_rank_grad"](x_dtype=F32, rows=8, columns=8, rank=8, sums=8),
-        ColumnSums(rows=8, columns=8, q=8),
-        ColumnSums(rows=8, columns=8, dots=8),
         ColumnSums(rows=512, columns=8, sums=8),
         forward(block_size=48),
         forward(columns=96),

@@ -94,14 +94,13 @@ int64_t column_sums_workspace(const ColumnSums& args) {
 cudaError_t launch_column_sums(const ColumnSums& args, cudaStream_t stream) {
   // Not skipped without rows: the sums are then zero, and have to be written.
   if (args.columns == 0) return cudaSuccess;
-  const int64_t slabs = slab_count(args);
-  if ((column_sums_workspace(args) && !args.workspace) || (args.q && !args.scale) || (args.dots && !args.z))
-    return cudaErrorInvalidValue;
+  const int64_t slabs = slab_count(args), workspace = column_sums_workspace(args);
+  if (workspace && !args.workspace) return cudaErrorInvalidValue;
   const unsigned blocks = static_cast<unsigned>(column_tiles(args) * slabs);
   dispatch(args.dtype,
            [&](auto tag) { column_sums_kernel<decltype(tag)><<<blocks, kReduceThreads, 0, stream>>>(args, slabs); });
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess || column_sums_workspace(args) == 0) return error;
+  if (error != cudaSuccess || workspace == 0) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(sum_outputs(args), kPartThreads));
   column_sums_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, slabs);
   return cudaGetLastError();

@@ -88,5 +88,5 @@ def dora_linear(
     if dropout is None:
         return adapted_linear(x, weight, A, B, out_scale=out_scale, bias=bias, scaling=scaling)
     dropped = dropout(x)
-    adapted = adapted_linear(dropped, weight, A, B, out_scale=out_scale, bias=bias, scaling=scaling)
-    return adapted + adapted_linear(x - dropped, weight)
+    adapted = adapted_linear(dropped, weight, A, B, out_scale=out_scale, scaling=scaling)
+    return adapted + adapted_linear(x - dropped, weight, bias=bias)
