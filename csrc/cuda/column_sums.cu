@@ -11,7 +11,7 @@ namespace peftkern {
 
 constexpr int64_t kStepRows = 256;  // of all threads; a slab has whole steps
 
-// The sums of g and those of g * z, or one of them: [columns], and in the workspace [slab][columns] each.
+// The workspace: [slab][sums], then [slab][dots], as far as they are wanted.
 __device__ __forceinline__ float* slab_dots(const ColumnSums& args, int64_t slabs) {
   return args.workspace + (args.sums ? slabs * args.columns : 0);
 }
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums 
   const int64_t first_column = blockIdx.x % tiles * kReduceColumns;
   const int64_t column = first_column + threadIdx.x % kChunkLanes * kChunk, valid = args.columns - column;
   const int64_t steps = (args.rows + kStepRows - 1) / kStepRows;
-  const int64_t last = min(steps * (slab + 1) / slabs * kStepRows, args.rows);
+  const int64_t first_row = steps * slab / slabs * kStepRows + threadIdx.x / kChunkLanes;
+  const int64_t last_row = min(steps * (slab + 1) / slabs * kStepRows, args.rows);
   const T *g = static_cast<const T*>(args.g) + column, *z = static_cast<const T*>(args.z) + column;
   T* q = static_cast<T*>(args.q) + column;
   const int64_t row_bytes = args.columns * sizeof(T);
@@ -35,12 +36,11 @@ __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums 
 
   float scale[kChunk] = {}, sum[2][kChunk] = {};
   if (args.q) load_chunk(args.scale + column, valid, chunks_aligned(args.scale, 0), scale);
-  for (int64_t first = steps * slab / slabs * kStepRows + threadIdx.x / kChunkLanes; first < last;
-       first += kGroupRows) {
+  for (int64_t first = first_row; first < last_row; first += kGroupRows) {
     Chunk<T> g_chunk[kRowsInFlight], z_chunk[kRowsInFlight];
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      const int64_t row = first + i * kRowLanes, inside = row < last ? valid : 0;
+      const int64_t row = first + i * kRowLanes, inside = row < last_row ? valid : 0;
       g_chunk[i].load(g + row * args.columns, inside, g_aligned);
       if (args.dots) z_chunk[i].load(z + row * args.columns, inside, z_aligned);
     }
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums 
         product[j] = g_value[j] * scale[j];
       }
       const int64_t row = first + i * kRowLanes;
-      if (args.q) store_chunk(q + row * args.columns, row < last ? valid : 0, q_aligned, product);
+      if (args.q) store_chunk(q + row * args.columns, row < last_row ? valid : 0, q_aligned, product);
     }
   }
   partial.add_lanes(sum);
