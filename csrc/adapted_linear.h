@@ -110,34 +110,43 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
   const std::vector<int64_t> shape = with_last_size(grad, t.in);
 
   const auto type_of = [&](const OptionalTensor& like) { return like ? like->scalar_type() : ScalarType::Float; };
-  const auto column_sums = [&](const Tensor& values, const OptionalTensor& factors, int64_t columns) {
-    Tensor sums = empty(grad, {columns}, ScalarType::Float);
+  const auto vector = [&](bool wanted, int64_t n) {
+    return wanted ? OptionalTensor(empty(grad, {n}, ScalarType::Float)) : std::nullopt;
+  };
+  // values * scale, in one pass with those sums and dots of ColumnSums that are given; without scale values itself.
+  const auto scaled = [&](const Tensor& values, const OptionalTensor& scale, OptionalTensor sums, OptionalTensor dots,
+                          const OptionalTensor& z) {
+    if (!scale && !sums && !dots) return values;
+    const OptionalTensor factors = float_vector(scale), other = dots ? OptionalTensor(dense(*z)) : std::nullopt;
+    Tensor q = scale ? empty(grad, {rows, values.size(1)}, values.scalar_type()) : values;
     backend.column_sums({.g = values.const_data_ptr(),
-                         .z = factors ? factors->const_data_ptr() : nullptr,
-                         .g_dtype = dtype_of(values, "grad"),
+                         .dtype = dtype_of(values, "grad"),
                          .rows = rows,
-                         .columns = columns,
-                         .out = floats(sums)});
-    return sums;
+                         .columns = values.size(1),
+                         .z = other ? other->const_data_ptr() : nullptr,
+                         .scale = const_floats(factors),
+                         .q = scale ? q.mutable_data_ptr() : nullptr,
+                         .sums = sums ? floats(*sums) : nullptr,
+                         .dots = dots ? floats(*dots) : nullptr});
+    return q;
   };
 
   OptionalTensor dx, dA, dB, dlam, dout_scale, dbias;
   if (needs & kNeedsB) dB = empty(grad, {t.out, t.rank}, type_of(B));
   const bool makes_dB = dB && dB->numel();
-  // dbias rides along where dB reads g, not g * out_scale.
+  // dbias rides along in q, and where dB reads g itself in dB.
   const bool bias_rides =
       Backend::kGradSums && (needs & kNeedsBias) && makes_dB && !out_scale && dtype != ScalarType::Float;
-  if (needs & kNeedsBias) {
-    dbias = bias_rides ? empty(grad, {t.out}, ScalarType::Float) : column_sums(g, std::nullopt, t.out);
-  }
   if (needs & kNeedsOutScale) {
     PEFTKERN_CHECK(z && out_scale, "z and out_scale: expected both for the gradient of out_scale");
     check_shape(*z, {rows, t.out}, "z");
     check_dtype(*z, dtype, "z");
-    dout_scale = to_dtype(column_sums(g, dense(*z), t.out), out_scale->scalar_type());
   }
-
-  const Tensor q = out_scale ? dense(to_dtype(times(g, *float_vector(out_scale)), dtype)) : g;
+  dbias = vector(needs & kNeedsBias, t.out);
+  dout_scale = vector(needs & kNeedsOutScale, t.out);
+  const bool needs_q = needs & (kNeedsX | kNeedsA | kNeedsB | kNeedsLam);
+  const Tensor q = scaled(g, needs_q ? out_scale : std::nullopt, bias_rides ? std::nullopt : dbias, dout_scale, z);
+  if (dout_scale) dout_scale = to_dtype(*dout_scale, out_scale->scalar_type());
   const float s = static_cast<float>(scaling);
   if (needs & (kNeedsB | kNeedsLam)) {
     PEFTKERN_CHECK(h.has_value() && A.has_value(), "h, A and B: expected them for the gradients of B and lam");
@@ -175,8 +184,9 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
                              .dropout = {},
                              .out = floats(du)});
     }
-    if (needs & kNeedsLam) dlam = to_dtype(column_sums(du, dense(*h), t.rank), lam->scalar_type());
-    dh = lam ? times(du, *float_vector(lam)) : du;
+    dlam = vector(needs & kNeedsLam, t.rank);
+    dh = scaled(du, needs & (kNeedsX | kNeedsA) ? lam : std::nullopt, std::nullopt, dlam, h);
+    if (dlam) dlam = to_dtype(*dlam, lam->scalar_type());
   }
   if (needs & kNeedsLam && !dlam) dlam = empty(grad, {t.rank}, type_of(lam));  // rank 0
   if (needs & kNeedsA) dA = empty(grad, {t.rank, t.in}, type_of(A));

@@ -57,16 +57,21 @@ struct LowRankGrad {
   DType grad_dtype;
   bool rank_major;
   float* workspace = nullptr;  // CUDA alone: [low_rank_grad_workspace(...)]
-  float* sums = nullptr;       // CUDA and 16-bit x alone, [columns] or null: receives ColumnSums of x where kept
+  float* sums = nullptr;       // CUDA and 16-bit x alone, [columns] or null: receives ColumnSums::sums of x where kept
 };
 
-// out[c] = sum over rows of g[., c] * z[., c] (z null: of g)        dbias, dout_scale, and dlam with g = du, z = h
+// q = g * scale, and over the rows the sums of g and of g * z, in one pass: of these what is not null
+//         q, dbias, dout_scale with scale = out_scale        dh, dlam with g = du, scale = lam, z = h
 struct ColumnSums {
-  const void* g;  // [rows, columns], g_dtype
-  const void* z;  // the same, or null
-  DType g_dtype;
+  const void* g;  // [rows, columns], dtype
+  DType dtype;    // of g, z and q
   int64_t rows, columns;
-  float* out;  // [columns]
+  const void* z = nullptr;       // as g; read for dots alone
+  const float* scale = nullptr;  // [columns]; read for q alone
+  void* q = nullptr;             // [rows, columns] or null: rounded once
+  float* sums = nullptr;         // [columns] or null: sum over rows of g
+  float* dots = nullptr;         // [columns] or null: sum over rows of g * z
+  float* workspace = nullptr;    // CUDA alone: [column_sums_workspace(...)]
 };
 
 }  // namespace peftkern

@@ -199,12 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_linear_backward(
   Tensor dbias = needed(kNeedsBias, {t.out}, ScalarType::Float);
 
   if (needs & kNeedsBias) {
-    backend.column_sums({.g = g.const_data_ptr(),
-                         .z = nullptr,
-                         .g_dtype = grad_dtype,
-                         .rows = rows,
-                         .columns = t.out,
-                         .out = floats(dbias)});
+    backend.column_sums(
+        {.g = g.const_data_ptr(), .dtype = grad_dtype, .rows = rows, .columns = t.out, .sums = floats(dbias)});
   }
   if ((needs & kNeedsB) && dB.numel()) {
     PEFTKERN_CHECK(h.has_value(), "h: expected it for the gradient of B");

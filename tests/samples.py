@@ -128,6 +128,7 @@ SAMPLES = [
     Sample((24,), 96, 80, 12, F16, F16, F32, dropout=0.1, **ALL),
     # ragged: no size a multiple of a vector, a tile or a block; more rows than a block of rows
     Sample((7,), 33, 37, 3, dropout=0.25, **ALL),
+    Sample((600,), 40, 523, 3, BF16, BF16, BF16, dropout=0.1, **ALL),  # slabs on CUDA, spans on the CPU
     Sample((67,), 129, 131, 5, BF16, BF16, dropout=0.5, bias=True),
     Sample((131,), 515, 70, 17, F32, dropout=0.1),
     Sample((9,), 40, 1030, 20, BF16, NF4Config(128), dropout=0.1),

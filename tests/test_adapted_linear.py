@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from conftest import assert_close
-from samples import BF16, F16, F32, SAMPLES, SMALL, Sample
+from samples import ALL, BF16, F16, F32, SAMPLES, SMALL, Sample
 
 import peftkern
 from peftkern import NF4Config, reference
@@ -137,7 +137,7 @@ def test_large_shapes_repeat_and_equal_reference(dtype, threads):
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "expanded_grad"])
 def test_layouts(layout, device):
     """Non-contiguous and expanded arguments give the bits of their contiguous copies."""
-    call = Sample((6, 10), 32, 24, 5, BF16, BF16, dropout=0.2, bias=True).make(device)
+    call = Sample((6, 10), 32, 24, 5, BF16, BF16, dropout=0.2, **ALL).make(device)
 
     def bent(t: torch.Tensor) -> torch.Tensor:
         if layout == "transposed" and t.dim() > 1:
@@ -155,12 +155,28 @@ def test_layouts(layout, device):
         leaves = {k: bend(t).detach().requires_grad_() for k, t in leaves.items()}
         terms = {k: t for k, t in leaves.items() if k != "x"}
         y = peftkern.adapted_linear(leaves["x"], bend(call.weight), scaling=0.7, dropout_p=0.2, seed=call.seed, **terms)
-        grad = torch.ones(1, 1, 1, dtype=y.dtype, device=device).expand_as(y) if bend is bent else torch.ones_like(y)
-        y.backward(grad)
+        values = torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape).to(y.dtype)
+        grad = {"expanded": values[:1], "expanded_grad": values[:1, :1, :1]}.get(layout, values).expand_as(y)
+        y.backward(bend(grad) if bend is bent else grad.contiguous())
         return [y, *(t.grad for t in leaves.values())]
 
     for a, b in zip(run(bent), run(lambda t: t), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_a_gradient_alone_has_the_bits_it_has_among_all(dtype, device, isa):
+    """Those that one pass over grad makes: each subset of them, with and without the others."""
+    call = Sample((70,), 24, 37, 3, dtype, dtype, dropout=0.1, **ALL).make(device)
+    expected = {}
+    for wanted in itertools.product((True, False), repeat=6):  # first all
+        for t, is_wanted in zip(call.inputs().values(), wanted, strict=True):
+            t.requires_grad_(is_wanted).grad = None
+        if any(wanted):
+            y = call.run()
+            y.backward(torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape).to(dtype))
+        for (name, t), is_wanted in zip(call.inputs().items(), wanted, strict=True):
+            assert not is_wanted or torch.equal(t.grad, expected.setdefault(name, t.grad)), (name, wanted)
 
 
 def test_only_what_is_asked_is_computed_and_kept(device):

@@ -286,30 +286,49 @@ def _keep(row: int, end: int, column: int, columns: int, threshold: int) -> torc
     return (lanes >= threshold).flatten(1)
 
 
-@pytest.mark.parametrize("op", ["low_rank_grad", "column_sums"])
-def test_sums_over_rows(op):
-    """Wide instead of long: a block of these walks down all rows of its columns."""
+def test_low_rank_grad():
+    """Wide instead of long: a block walks down all rows of its columns."""
     rows, columns, rank, device = 3, 2**30 + 40, 3, EndsOnly()
-    x = Large(device, rows, columns, torch.bfloat16, "x")
-    if op == "low_rank_grad":
-        u = random(rows, rank)
-        out = Large(device, rank, columns, torch.float32, "grad", writable=True)
-        args = LowRankGrad(
-            u=small(device, u, "u"), x=x.address, x_dtype=BF16, rows=rows, columns=columns, rank=rank, alpha=1.0,
-            dropout=Dropout(None, 0, 1.0), grad=out.address, grad_dtype=F32, rank_major=True,
-        )  # fmt: skip
-    else:
-        out = Large(device, 1, columns, torch.float32, "out", writable=True)
-        args = ColumnSums(g=x.address, z=None, g_dtype=BF16, rows=rows, columns=columns, out=out.address)
-    device.run(op, args)
+    x, u = Large(device, rows, columns, torch.bfloat16, "x"), random(rows, rank)
+    grad = Large(device, rank, columns, torch.float32, "grad", writable=True)
+    args = LowRankGrad(
+        u=small(device, u, "u"), x=x.address, x_dtype=BF16, rows=rows, columns=columns, rank=rank, alpha=1.0,
+        dropout=Dropout(None, 0, 1.0), grad=grad.address, grad_dtype=F32, rank_major=True,
+    )  # fmt: skip
+    device.run("low_rank_grad", args)
     seen = 0
-    for first, got in out.written():
+    for first, got in grad.written():
         j, column = divmod(first, columns)
-        terms = x.part(0, rows, column, got.numel()).double()
-        expected = u[:, j].double() @ terms if op == "low_rank_grad" else terms.sum(0)
-        assert_close(got, expected, torch.float32, op)
+        expected = u[:, j].double() @ x.part(0, rows, column, got.numel()).double()
+        assert_close(got, expected, torch.float32, "low_rank_grad")
         seen = max(seen, first + got.numel())
-    assert seen == columns * (rank if op == "low_rank_grad" else 1), "the last block did not write the end"
+    assert seen == columns * rank, "the last block did not write the end"
+
+
+def test_column_sums():
+    """Wide, as above."""
+    rows, columns, device = 3, 2**30 + 40, EndsOnly()
+    g, z = (Large(device, rows, columns, torch.bfloat16, name) for name in "gz")
+    scale = Large(device, 1, columns, torch.float32, "scale")
+    q = Large(device, rows, columns, torch.bfloat16, "q", writable=True)
+    sums, dots = (Large(device, 1, columns, torch.float32, name, writable=True) for name in ("sums", "dots"))
+    args = ColumnSums(
+        g=g.address, dtype=BF16, rows=rows, columns=columns, z=z.address, scale=scale.address, q=q.address,
+        sums=sums.address, dots=dots.address,
+    )  # fmt: skip
+    device.run("column_sums", args)
+    for out, height in ((q, rows), (sums, 1), (dots, 1)):
+        seen = 0
+        for first, got in out.written():
+            row, column = divmod(first, columns)
+            values = g.part(0, rows, column, got.numel())
+            if out is q:
+                assert torch.equal(got, (values[row] * scale.part(0, 1, column, got.numel())[0]).to(torch.bfloat16))
+            else:
+                factors = z.part(0, rows, column, got.numel()).double() if out is dots else 1.0
+                assert_close(got, (values.double() * factors).sum(0), torch.float32, "column_sums")
+            seen = max(seen, first + got.numel())
+        assert seen == columns * height, "the last block did not write the end"
 
 
 class LargeNf4:

@@ -224,6 +224,7 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
         QuantizeAbsmax(n=64),  # without a workspace
         JacobiSvd(batch=1, n=1025),
         OPS["low_rank_grad"](x_dtype=F32, rows=8, columns=8, rank=8, sums=8),
+        ColumnSums(rows=512, columns=8, sums=8),
         forward(block_size=48),
         forward(columns=96),
         forward(x_dtype=F32),
@@ -523,16 +524,16 @@ def step(layer, x, target):
 
 
 def test_real_memory_that_is_too_small_is_noticed():
-    g, out = torch.randn(6, 40), torch.empty(40)
+    g, sums = torch.randn(6, 40), torch.empty(40)
     device = Device("sm_80", host_memory=True)
-    device.host_memory.tensors = [g, out]
-    args = dict(g=g.data_ptr(), g_dtype=F32, rows=6, columns=40, out=out.data_ptr())
+    device.host_memory.tensors = [g, sums]
+    args = dict(g=g.data_ptr(), dtype=F32, rows=6, columns=40, sums=sums.data_ptr())
     device.run("column_sums", ColumnSums(**args))
-    assert_close(out, g.double().sum(0), torch.float32)
+    assert_close(sums, g.double().sum(0), torch.float32)
     with pytest.raises(AssertionError, match=r"ColumnSums.g: 1120 bytes in memory that holds 960"):
         device.run("column_sums", ColumnSums(**args | {"rows": 7}))
-    device.host_memory.tensors = []  # the heap block of out has 160 bytes, rounded up
-    with pytest.raises(AssertionError, match=r"ColumnSums.out: 320 bytes in memory that holds \d\d\d$"):
+    device.host_memory.tensors = []  # the heap block of sums has 160 bytes, rounded up
+    with pytest.raises(AssertionError, match=r"ColumnSums.sums: 320 bytes in memory that holds \d\d\d$"):
         device.run("column_sums", ColumnSums(**args | {"rows": 3, "columns": 80}))
 
 

@@ -62,7 +62,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("index < args.adapters ? index : args.adapters", "to `<=`"): EQUAL,
     ("if (i > 0) load_chunk(", "to `>=`"): "loads once more what is in registers",
     ("if (valid <= 0) break;", "to `<`"): "a chunk without elements: nothing is loaded or stored",
-    ("first < args.rows; first += kRowsInFlight", "to `<=`"): GUARDED,
+    ("first < last_row; first += kGroupRows", "to `<=`"): GUARDED,
     ("rank - 4 * member < args.rank; rank += kLowRankDepth", "to `<=`"): GUARDED,
     ("k < static_cast<int>(args.weight.out); k += kGradientDepth", "to `<=`"): GUARDED,
     ("k < static_cast<int>(args.weight.out); k += kGradientDepth", "to `< -1 +`"): MULTIPLES,

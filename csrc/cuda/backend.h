@@ -66,7 +66,11 @@ class CudaBackend {
     args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     check(launch_low_rank_grad(args, stream_), "low_rank_grad");
   }
-  void column_sums(const ColumnSums& args) const { check(launch_column_sums(args, stream_), "column_sums"); }
+  void column_sums(ColumnSums args) const {
+    const Tensor workspace = floats(column_sums_workspace(args));
+    args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    check(launch_column_sums(args, stream_), "column_sums");
+  }
 
   void check_ranks(const int32_t*, int64_t, int64_t) const {}  // they are on the device: kernels clamp them
   void multi_lora_plan(const MultiLoraPlan& args) const {

@@ -18,6 +18,7 @@ namespace peftkern {
 // Floats that the workspace of these has to hold; none is needed where it is 0.
 int64_t low_rank_down_workspace(const LowRankDown& args);
 int64_t low_rank_grad_workspace(const LowRankGrad& args);
+int64_t column_sums_workspace(const ColumnSums& args);
 int64_t multi_lora_down_workspace(const MultiLoraDown& args);
 int64_t multi_lora_grad_workspace(const MultiLoraGrad& args);
 int64_t quantize_absmax_workspace(const QuantizeAbsmax& args);  // doubles

@@ -4,6 +4,7 @@
 // meet in a fixed order, first within a warp, then across the warps, so the result depends on the shape alone.
 #pragma once
 #include "chunk.cuh"
+#include "cluster.cuh"
 
 namespace peftkern {
 
@@ -17,7 +18,7 @@ template <int kSums>
 struct PartialSums {
   float data[kReduceWarps][kSums][kReduceColumns + 1];  // + 1: also read down a column, by neighbouring lanes
 
-  // sum[s][j] of every thread -> data. All threads take part; ends with a barrier.
+  // sum[s][j] of every thread -> data. All threads of the cluster take part; ends with a barrier.
   __device__ void add_lanes(const float (&sum)[kSums][kChunk]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -32,13 +33,18 @@ struct PartialSums {
         if (lane < kChunkLanes) data[warp][s][lane * kChunk + j] = total;
       }
     }
-    __syncthreads();
+    cluster_sync();
   }
 
+  // Over the warps, and over the blocks of the cluster.
   __device__ float total(int s, int column) const {
     float total = 0.0f;
+    for (unsigned block = 0; block < cluster_blocks(); ++block) {
+      float of_block = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kReduceWarps; ++warp) total += data[warp][s][column];
+      for (int warp = 0; warp < kReduceWarps; ++warp) of_block += load_of_block(data[warp][s][column], block);
+      total += of_block;
+    }
     return total;
   }
 };

@@ -131,15 +131,24 @@ class LowRankGrad(ctypes.Structure):
 
 class ColumnSums(ctypes.Structure):
     _fields_ = [
-        ("g", c_void_p), ("z", c_void_p), ("g_dtype", c_int32), ("rows", c_int64), ("columns", c_int64),
-        ("out", c_void_p),
+        ("g", c_void_p), ("dtype", c_int32), ("rows", c_int64), ("columns", c_int64), ("z", c_void_p),
+        ("scale", c_void_p), ("q", c_void_p), ("sums", c_void_p), ("dots", c_void_p), ("workspace", c_void_p),
     ]  # fmt: skip
 
+    def workspace_size(self) -> int:
+        """column_sums_workspace: 32 columns a block."""
+        slabs = part_count(-(-self.columns // 32), self.rows)
+        return slabs * (bool(self.sums) + bool(self.dots)) * self.columns if slabs > 1 else 0
+
     def operands(self) -> Iterator[Operand]:
-        matrix = self.rows * self.columns * size_of(self.g_dtype)
+        matrix = self.rows * self.columns * size_of(self.dtype)
         yield Operand("g", matrix, READ)
         yield Operand("z", matrix, READ)
-        yield Operand("out", self.columns * 4, WRITE)
+        yield Operand("scale", self.columns * 4, READ)
+        yield Operand("q", matrix, WRITE)
+        yield Operand("sums", self.columns * 4, WRITE)
+        yield Operand("dots", self.columns * 4, WRITE)
+        yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
 
 
 class QuantizeNf4(ctypes.Structure):
@@ -237,7 +246,7 @@ class QuantizeAbsmax(ctypes.Structure):
         return min(-(-self.n // 4096), 64)
 
     def operands(self) -> Iterator[Operand]:
-        yield Operand("workspace", self.workspace_size() * 8, WRITE)
+        yield Operand("workspace", self.workspace_size() * 8, WORKSPACE)
         yield Operand("absmax", self.n * 4, READ)
         yield Operand("codes", self.n, WRITE)
         yield Operand("nested_absmax", -(-self.n // 256) * 4, WRITE)

@@ -177,17 +177,25 @@ def _low_rank_grad(rows, columns, rank, x=F32, grad=F32, rank_major=True, p=0.0,
     return problem
 
 
-def _column_sums(rows, columns, g=F32, z=False, misaligned=0) -> Problem:
-    problem = Problem()
-    values, factors = random(rows, columns, dtype=g), random(rows, columns, dtype=g)
+def _column_sums(rows, columns, g=F32, q=True, sums=True, dots=True, misaligned=0) -> Problem:
+    problem, dtype = Problem(), TORCH_DTYPE[g]
+    values, z, scale = random(rows, columns, dtype=g), random(rows, columns, dtype=g), random(columns)
     problem.args = ColumnSums(
-        g=problem.place("g", values, misaligned), z=problem.place("z", factors) if z else None, g_dtype=g, rows=rows,
-        columns=columns, out=problem.reserve("out", columns),
+        g=problem.place("g", values, misaligned), dtype=g, rows=rows, columns=columns,
+        z=problem.place("z", z) if dots else None,
+        scale=problem.place("scale", scale, misaligned) if q else None,
+        q=problem.reserve("q", rows * columns, dtype, misaligned) if q else None,
+        sums=problem.reserve("sums", columns) if sums else None,
+        dots=problem.reserve("dots", columns) if dots else None,
     )  # fmt: skip
+    problem.reserve_workspace()
 
     def check() -> None:
-        terms = values.double() * (factors.double() if z else 1.0)
-        assert_sums(problem.result("out"), terms.sum(0), terms.abs().sum(0), "column_sums")
+        if q:
+            assert_bits(problem.result("q", dtype, rows, columns), (values * scale).to(dtype), "column_sums q")
+        for name, wanted, terms in (("sums", sums, values.double()), ("dots", dots, values.double() * z.double())):
+            if wanted:
+                assert_sums(problem.result(name), terms.sum(0), terms.abs().sum(0), f"column_sums {name}")
 
     problem.check = check
     return problem
@@ -362,10 +370,15 @@ def _low_rank_cases():
         yield case("low_rank_up", rows=20, columns=136, rank=0, y=BF16, **extras)
         yield case("low_rank_up", rows=20, columns=136, rank=4, y=F16, p=0.1, **extras)
         yield case("low_rank_up", rows=67, columns=131, rank=5, y=DTYPES[bias + z], p=0.1, **extras, accumulate=False)
-    for g, z in itertools.product(DTYPES, (False, True)):
-        for rows, columns in ((37, 131), (300, 64), (0, 40), (1, 1), (513, 16), (64, 4096), (5, 0)):
-            yield case("column_sums", rows=rows, columns=columns, g=g, z=z)
-        yield case("column_sums", rows=65, columns=40, g=g, z=z, misaligned=1)
+    everything = dict(q=True, sums=True, dots=True)
+    for g, only in itertools.product(DTYPES, (None, "q", "sums", "dots")):
+        wanted = everything if only is None else {name: name == only for name in everything}
+        # ragged; whole tiles; none; one; slabs whose last has one row, some; one slab by the columns; no columns
+        for rows, columns in ((37, 131), (300, 64), (0, 40), (1, 1), (513, 16), (900, 72), (64, 4096), (5, 0)):
+            yield case("column_sums", rows=rows, columns=columns, g=g, **wanted)
+        yield case("column_sums", rows=65, columns=40, g=g, **wanted, misaligned=1)
+    for without in everything:  # pairs
+        yield case("column_sums", rows=770, columns=40, g=BF16, **everything | {without: False})
 
 
 def _nf4_cases():
@@ -408,7 +421,7 @@ SCHEDULED = [
     case("low_rank_up", rows=70, columns=136, rank=20, y=BF16, p=0.1),
     case("low_rank_up", rows=70, columns=136, rank=20, y=F32, factor=F16, rank_major=False),
     *(case("low_rank_grad", rows=200, columns=40, rank=rank, x=BF16, p=0.1) for rank in (8, 12)),
-    case("column_sums", rows=200, columns=40, g=BF16, z=True),
+    case("column_sums", rows=600, columns=40, g=BF16),
     case("quantize_nf4", n=3001, block_size=64, w=BF16),
     case("quantize_nf4", n=9000, block_size=1024, w=F32),
     case("dequantize_nf4", n=3001, block_size=64, out=BF16),

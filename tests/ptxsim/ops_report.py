@@ -50,7 +50,11 @@ OPERANDS = {
         "absmax": "absmax_of(weight_", "factor": "args.factor.data", "dh": "load_quad(args.dh",
         "dx": "store_quad(", "table": "kNf4Table[",
     },
-    "column_sums": {"g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "out": "args.out["},
+    "column_sums": {
+        "g": "g_chunk[i].load(", "z": "z_chunk[i].load(", "scale": "load_chunk(args.scale", "q": "store_chunk(q +",
+        "sums and dots": "out[first_column + c]", "sums and dots ": "workspace[part * n",
+        "sums and dots  ": "store_as(out, dtype",
+    },
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
     "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
     "nf4_forward": {
@@ -79,6 +83,7 @@ FIELDS = {
     "factor": ("factor.data",), "factors": ("factors.data",), "y ": ("y",),
     **dict.fromkeys(("plan", "plan ", "plan  "), ("groups.offsets", "groups.order", "groups.tiles")),
     "absmax, for the mean": ("absmax",),
+    **dict.fromkeys(("sums and dots", "sums and dots ", "sums and dots  "), ("sums", "dots")),
     "out_scale and bias": ("out_scale", "bias"), "nested_absmax and offset": ("nested_absmax", "offset"),
 }  # fmt: skip
 
@@ -133,9 +138,10 @@ def _rows() -> list[Row]:
             "64 x 512 x 1024 bf16, rank 16, dropout",
         ),
         Row(case("nf4_gradient", rows=256, out=512, columns=8192), "256 x 512 x 8192 bf16"),
-        Row(case("column_sums", **grad, g=BF16), "2048 x 256 bf16"),
-        Row(case("column_sums", **grad, g=BF16, z=True), "2048 x 256 bf16, with z"),
-        Row(case("column_sums", **grad, g=F32), "2048 x 256 f32"),
+        Row(case("column_sums", **grad, g=BF16, q=False, dots=False), "2048 x 256 bf16, sums"),
+        Row(case("column_sums", **grad, g=BF16, q=False), "2048 x 256 bf16, sums and dots"),
+        Row(case("column_sums", **grad, g=BF16), "2048 x 256 bf16, q, sums and dots"),
+        Row(case("column_sums", **grad, g=F32), "2048 x 256 f32, q, sums and dots"),
         Row(case("quantize_nf4", n=2**19, block_size=64, w=BF16, special=False), "524,288 bf16, blocks of 64"),
         Row(case("quantize_nf4", n=2**19, block_size=1024, w=BF16, special=False), "524,288 bf16, blocks of 1,024"),
         Row(case("quantize_nf4", n=2**19, block_size=64, w=F32, special=False), "524,288 f32, blocks of 64"),

@@ -261,29 +261,53 @@ void low_rank_grad(const LowRankGrad& a, float* scratch, int64_t column0, int64_
   });
 }
 
-// ---- column sums: out[c] = sum over rows of g[., c] * z[., c]
-// --------------------------------------------------------
+// ---- column sums: q = g * scale, and over the rows the sums of g and of g * z ---------------------------------------
 
+struct SpanSums {
+  float sums[kSpan], dots[kSpan];
+};
+
+// `rows` rows of one vector of columns, `left` of which are inside the row.
+template <class T, bool kWhole>
+inline void sum_tile(const ColumnSums& a, int64_t at, int64_t rows, int64_t column, int64_t left, float* sums,
+                     float* dots) {
+  const T *g = static_cast<const T*>(a.g) + at, *z = static_cast<const T*>(a.z) + at;
+  T* q = static_cast<T*>(a.q) + at;
+  const F32 scale = !a.q ? zero() : kWhole ? load(a.scale + column) : load_first(a.scale + column, left);
+  F32 sum = load(sums), dot = load(dots);
+  for (int64_t i = 0; i < rows; ++i, g += a.columns, z += a.columns, q += a.columns) {
+    const F32 value = kWhole ? load(g) : load_first(g, left);
+    sum = add(sum, value);
+    if (a.dots) dot = fma(value, kWhole ? load(z) : load_first(z, left), dot);
+    if (a.q) kWhole ? store(q, mul(value, scale)) : store_first(q, left, mul(value, scale));
+  }
+  store(sums, sum);
+  store(dots, dot);
+}
+
+// A block of rows is read row by row, kSpan columns of each, so that what lies side by side is read at once.
 template <class T>
 void sum_columns(const ColumnSums& a, int64_t column0, int64_t column1) {
-  const T *g = static_cast<const T*>(a.g), *z = static_cast<const T*>(a.z);
-  for (int64_t column = column0; column < column1; column += kWidth) {
-    const int64_t left = smaller(kWidth, column1 - column);
-    const bool whole = left == kWidth;
-    F32 total = zero();
+  for (int64_t span = column0; span < column1; span += kSpan) {
+    const int64_t columns = smaller(kSpan, column1 - span);
+    SpanSums total = {};
     for (int64_t block = 0; block < a.rows; block += kRowBlock) {  // two levels: the error grows with rows / 64 + 64
-      F32 sum = zero();
-      for (int64_t row = block; row < smaller(block + kRowBlock, a.rows); ++row) {
-        const int64_t at = row * a.columns + column;
-        const F32 value = whole ? load(g + at) : load_first(g + at, left);
-        sum = z ? fma(value, whole ? load(z + at) : load_first(z + at, left), sum) : add(sum, value);
+      SpanSums sum = {};
+      const int64_t end = smaller(block + kRowBlock, a.rows);
+      for (int64_t row = block; row < end; row += kTileRows) {
+        const int64_t rows = smaller(kTileRows, end - row), at = row * a.columns + span;
+        int64_t c = 0;
+        for (; c + kWidth <= columns; c += kWidth)
+          sum_tile<T, true>(a, at + c, rows, span + c, kWidth, sum.sums + c, sum.dots + c);
+        if (c < columns) sum_tile<T, false>(a, at + c, rows, span + c, columns - c, sum.sums + c, sum.dots + c);
       }
-      total = add(total, sum);
+      for (int64_t c = 0; c < columns; ++c) total.sums[c] += sum.sums[c], total.dots[c] += sum.dots[c];
     }
-    whole ? store(a.out + column, total) : store_first(a.out + column, left, total);
+    if (a.sums) std::memcpy(a.sums + span, total.sums, sizeof(float) * static_cast<size_t>(columns));
+    if (a.dots) std::memcpy(a.dots + span, total.dots, sizeof(float) * static_cast<size_t>(columns));
   }
 }
 
 void column_sums(const ColumnSums& a, int64_t column0, int64_t column1) {
-  dispatch(a.g_dtype, [&](auto tag) { sum_columns<decltype(tag)>(a, column0, column1); });
+  dispatch(a.dtype, [&](auto tag) { sum_columns<decltype(tag)>(a, column0, column1); });
 }
