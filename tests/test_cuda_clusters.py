@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums that blocks share: on sm_90 clusters add them up on the chip, elsewhere a second kernel does, with the same bits
-(csrc/cuda/parts.cuh). tests/test_cuda_simulated.py compares the architectures in all cases; here is how they get there."""
+(csrc/cuda/parts.cuh). tests/test_cuda_simulated.py compares the architectures in all cases, this how they get there."""
 
 from __future__ import annotations
 

@@ -234,9 +234,10 @@ def table() -> str:
             part[0] += traffic["bytes"]
             part[1] = max(part[1], traffic["compulsory"])
         each = [f"{name} {moved_part / needed:.2f}" for name, (moved_part, needed) in parts.items() if needed >= 1024]
+        distinct = " | ".join(f"{t['distinct'] / t['compulsory']:.2f}" for t in (totals, older))
         lines.append(
-            f"| `{row.case.op}` {row.title} | {totals['distinct'] / totals['compulsory']:.2f} | "
-            f"{older['distinct'] / older['compulsory']:.2f} | {moved / totals['compulsory']:.2f} | {sectors / ideal:.2f} | {waves} | {', '.join(each)} |"
+            f"| `{row.case.op}` {row.title} | {distinct} | {moved / totals['compulsory']:.2f} | "
+            f"{sectors / ideal:.2f} | {waves} | {', '.join(each)} |"
         )
     return "\n".join(lines)
 
