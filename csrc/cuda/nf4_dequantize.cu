@@ -3,8 +3,8 @@
 //
 // Bound by writing out. A thread turns a 32-bit word of 8 codes into a chunk. This is the simplest complete kernel here
 // and the one to copy for a new one.
-#include "chunk.cuh"
 #include "kernels.h"
+#include "nf4_chunk.cuh"
 
 namespace peftkern {
 
@@ -13,15 +13,8 @@ constexpr int kDequantizeChunks = 4;  // per thread: spreads the cost of filling
 
 template <class T>
 __global__ void __launch_bounds__(kDequantizeThreads) dequantize_nf4_kernel(DequantizeNf4 args, int block_size_log2) {
-  // Each lane reads its own copy of the table, in its own bank, whatever the codes are.
-  __shared__ float table[16][32];
-  constexpr float kCodes[16] = {PEFTKERN_NF4_CODES};
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 32) {
-#pragma unroll
-    for (int code = 0; code < 16; ++code) table[code][lane] = kCodes[code];
-  }
-  __syncthreads();
+  __shared__ LaneTable table;
+  table.fill();
 
   const bool packed_aligned = reinterpret_cast<uintptr_t>(args.packed) % 4 == 0;
   const bool out_aligned = chunks_aligned(args.out, 0);
@@ -30,21 +23,9 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_nf4_kernel(Dequ
   for (int i = 0; i < kDequantizeChunks; ++i) {
     const int64_t index = (first_chunk + i * kDequantizeThreads) * kChunk, valid = args.n - index;
     if (valid <= 0) break;
-    const uint8_t* packed = args.packed + index / 2;
-    uint32_t word = 0;
-    if (packed_aligned && valid >= kChunk) {
-      word = *reinterpret_cast<const uint32_t*>(packed);
-    } else {
-      for (int byte = 0; byte < 4 && 2 * byte < valid; ++byte)
-        word |= static_cast<uint32_t>(packed[byte]) << (8 * byte);
-    }
     const float absmax = args.absmax[index >> block_size_log2];  // a chunk never crosses a block: 8 divides block_size
     float v[kChunk];
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      const uint32_t code = word >> (j / 2 * 8 + (j % 2 == 0 ? 4 : 0)) & 15;  // even elements from the high nibble
-      v[j] = __fmul_rn(table[code][lane], absmax);
-    }
+    table.dequantize(load_codes(args.packed + index / 2, valid, packed_aligned), absmax, v);
     store_chunk(static_cast<T*>(args.out) + index, valid, out_aligned, v);
   }
 }

@@ -9,6 +9,7 @@
 // result depends on the shape alone. Sums are in fp64, also where a GPU has one fp64 unit for 64 of fp32: the first
 // kernel runs once for a frozen weight, the second has rank^2 terms a row.
 #include "kernels.h"
+#include "nf4_chunk.cuh"
 #include "reduce.cuh"
 
 namespace peftkern {
@@ -40,29 +41,23 @@ __global__ void __launch_bounds__(kNormThreads) squared_row_norms_kernel(Squared
 // Chunks of the flattened weight, as none of them crosses a block; of those at the ends of a row a part is another's.
 __global__ void __launch_bounds__(kNormThreads)
     squared_nf4_row_norms_kernel(SquaredRowNorms args, int block_size_log2) {
-  __shared__ float table[16][32];  // a copy for each lane, in its own bank
-  constexpr float kCodes[16] = {PEFTKERN_NF4_CODES};
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 32) {
-#pragma unroll
-    for (int code = 0; code < 16; ++code) table[code][lane] = kCodes[code];
-  }
-  __syncthreads();
+  __shared__ LaneTable table;
+  table.fill();
 
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / 32;
   if (row >= args.rows) return;
+  const int lane = threadIdx.x % 32;
   const uint8_t* packed = static_cast<const uint8_t*>(args.weight);
+  const bool packed_aligned = reinterpret_cast<uintptr_t>(packed) % 4 == 0;
   const int64_t begin = row * args.columns, end = begin + args.columns;
   double sum = 0.0;
   for (int64_t index = (begin / kChunk + lane) * kChunk; index < end; index += 32 * kChunk) {
-    const float absmax = args.absmax[index >> block_size_log2];
     float v[kChunk];
+    table.dequantize(load_codes(packed + index / 2, args.rows * args.columns - index, packed_aligned),
+                     args.absmax[index >> block_size_log2], v);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      const int64_t i = index + j;
-      const bool inside = i >= begin && i < end;
-      const uint32_t code = inside ? packed[i / 2] >> (j % 2 == 0 ? 4 : 0) & 15 : 0;  // even: the high nibble
-      v[j] = inside ? __fmul_rn(table[code][lane], absmax) : 0.0f;
+      if (index + j < begin || index + j >= end) v[j] = 0.0f;
     }
     add_squares(v, sum);
   }

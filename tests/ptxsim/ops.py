@@ -438,7 +438,7 @@ class ImportanceUpdate(ctypes.Structure):
         yield Operand("grad_scale", 4, READ)
         yield Operand("sensitivity", state * 4, UPDATE)
         yield Operand("uncertainty", state * 4, UPDATE)
-        yield Operand("scores", self.triplets * 4, WORKSPACE)
+        yield Operand("scores", self.triplets * 4, WRITE)
         yield Operand("workspace", self.SCORE_PARTS * self.triplets * 4, WORKSPACE)
 
 

@@ -19,7 +19,8 @@ from .ops_cases import Case, case
 DOCUMENT = ROOT / "docs" / "simulated.md"
 ARCH, OLDER = "sm_90", "sm_80"  # with clusters, and without
 
-# Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at.
+# Which operand a line of a kernel reaches: text of that line, or of the line it was inlined at. Of ops not named here,
+# whose operands are small or are read once, only the totals are shown.
 OPERANDS = {
     "low_rank_down": {
         "x": "x[group][i].load(", "factor": "share.load(source", "out": "store_as(out, dtype",
@@ -56,7 +57,7 @@ OPERANDS = {
         "sums and dots  ": "store_as(out, dtype",
     },
     "quantize_nf4": {"w": "load_chunk(w + index", "absmax": "args.absmax[block]", "packed": "(packed) = word"},
-    "dequantize_nf4": {"packed": "(packed);", "absmax": "args.absmax[index", "out": "store_chunk("},
+    "dequantize_nf4": {"packed": "load_codes(args.packed", "absmax": "args.absmax[index", "out": "store_chunk("},
     "nf4_forward": {
         "x": "copy_async((target", "packed": "copy_async(packed", "absmax": "static_cast<const float*>(blocks_)",
         "table": "kDynamicTable[code]", "codes": "static_cast<const uint8_t*>(blocks_)",
@@ -98,6 +99,7 @@ def _rows() -> list[Row]:
     down, up, grad = (dict(rows=n, columns=m) for n, m in ((256, 2048), (256, 2048), (2048, 256)))
     plain = dict(out_scale=False, bias=False, z=False)
     many = dict(adapters=4, kind="all", own=False, rank=16, x=BF16)
+    layers, factors = ((12, 2048, 2048), (12, 2048, 512)), ((16, 2048, True), (16, 2048, False))
     gemm, everything = dict(out=512, columns=1024), dict(rank=16, out_scale=True, bias=True, z=True)
     return [
         Row(case("low_rank_down", **down, rank=8, x=BF16), "256 x 2048 bf16, rank 8"),
@@ -134,6 +136,11 @@ def _rows() -> list[Row]:
             "256 x 2048 bf16, rank 16, 4 adapters, column-major",
         ),
         Row(
+            case("multi_lora_up", **down, adapters=4, kind="all", own=False, rank=16, y=BF16, rank_major=False),
+            "256 x 2048 bf16, rank 16, 4 adapters",
+        ),
+        Row(case("multi_lora_plan", rows=4096, adapters=32, kind="all"), "4096 rows, 32 adapters"),
+        Row(
             case("nf4_gradient", rows=64, out=512, columns=1024, rank=16, p=0.1),
             "64 x 512 x 1024 bf16, rank 16, dropout",
         ),
@@ -156,6 +163,15 @@ def _rows() -> list[Row]:
         Row(case("nf4_forward", **gemm, rows=256, **everything), "256 x 1024 bf16 to 512, rank 16, all"),
         Row(case("quantize_absmax", n=2**16), "65,536"),
         Row(case("dequantize_absmax", n=2**16), "65,536"),
+        Row(case("squared_row_norms", rows=512, columns=2048, dtype=BF16), "512 x 2048 bf16"),
+        Row(case("squared_row_norms", rows=512, columns=2048, dtype=BF16, block_size=64), "512 x 2048 NF4"),
+        Row(case("dora_norm", rows=2048, rank=16), "2048, rank 16"),
+        Row(case("update_importance", shapes=layers, dtypes=(BF16,)), "two layers, 2048 to 2048 and to 512, rank 12"),
+        Row(case("rank_mask", n=8192, budget=4000), "8,192 triplets"),
+        Row(case("mask_ranks", ranks=(12,) * 200), "200 layers, rank 12"),
+        Row(case("orthogonality", shapes=factors, dtypes=(BF16,)), "two factors, 16 x 2048"),
+        Row(case("orthogonality_grad", shapes=factors, dtypes=(BF16,)), "two factors, 16 x 2048"),
+        Row(case("jacobi_svd", n=32, batch=4), "4 of 32 x 32"),
     ]
 
 
@@ -203,6 +219,8 @@ def count(each: Case, arch: str = ARCH) -> tuple[Counter, dict[str, Counter]]:
 
 
 def operand_of(op: str, line) -> str:
+    if op not in OPERANDS:
+        return "all"
     texts = [_source(position.file, position.line) for position in line.chain()]
     for name, token in OPERANDS[op].items():
         if any(token in text for text in texts):
@@ -237,7 +255,7 @@ def table() -> str:
         distinct = " | ".join(f"{t['distinct'] / t['compulsory']:.2f}" for t in (totals, older))
         lines.append(
             f"| `{row.case.op}` {row.title} | {distinct} | {moved / totals['compulsory']:.2f} | "
-            f"{sectors / ideal:.2f} | {waves} | {', '.join(each)} |"
+            f"{sectors / ideal:.2f} | {waves} | {', '.join(each) or '-'} |"
         )
     return "\n".join(lines)
 
