@@ -12,8 +12,6 @@ from ptxsim.ops_cases import case
 
 pytestmark = pytest.mark.slow
 
-INVALID_CLUSTER_SIZE = 912
-
 CASES = {
     3: case("nf4_forward", rows=5, out=140, columns=768, rank=8, splits=3),
     4: case("low_rank_down", rows=20, columns=1024, rank=8, x=BF16, p=0.1),
@@ -28,22 +26,28 @@ def simulator():
     cudart.require()
 
 
-class WithoutRoom(Device):
-    """A share of a GPU with too few multiprocessors for any cluster."""
-
-    def _launch(self, name, grid, block, shared_memory, stream, arguments, overlaps, cluster):
-        if cluster > 1:
-            return INVALID_CLUSTER_SIZE
-        return super()._launch(name, grid, block, shared_memory, stream, arguments, overlaps, cluster)
+def with_room(clusters: int) -> Device:
+    """A GPU, or a share of one, that runs so many clusters at once. It has room for 8 blocks."""
+    device = Device("sm_90")
+    device.cluster_room = clusters
+    return device
 
 
 @pytest.mark.parametrize("parts", CASES)
 def test_up_to_eight_parts_are_one_launch(parts):
-    in_clusters, by_workspace, without_room = Device("sm_90"), Device("sm_80"), WithoutRoom("sm_90")
+    in_clusters, by_workspace, without_room = Device("sm_90"), Device("sm_80"), with_room(0)
     outputs = CASES[parts].run(in_clusters)
     assert in_clusters.clusters == [parts]
     assert outputs == CASES[parts].run(by_workspace) and by_workspace.clusters == [1, 1]
     assert outputs == CASES[parts].run(without_room) and without_room.clusters == [1, 1]
+
+
+@pytest.mark.parametrize(("out", "clusters", "expected"), [(140, 1, [1, 1]), (140, 2, [4]), (300, 1, [4])])
+def test_no_cluster_waits_where_blocks_would_not(out, clusters, expected):
+    """Two clusters of four: as blocks alone they run at once. Three do not, either."""
+    device = with_room(clusters)
+    case("nf4_forward", rows=5, out=out, columns=1024, rank=8, splits=4).run(device)
+    assert device.clusters == expected
 
 
 def test_more_parts_are_clusters_and_a_second_launch():
@@ -60,7 +64,7 @@ def test_parts_that_make_no_whole_clusters():
     assert device.clusters == [1, 1]
 
 
-def test_another_error_is_no_reason_to_try_again():
+def test_a_launch_that_fails_leaves_no_error_behind():
     recorder = cudart.Recorder(fails=0, arch="sm_90")
-    assert CASES[3].run_on_recorder(recorder) == cudart.LAUNCH_FAILURE
+    assert CASES[3].run_on_recorder(recorder) == cudart.LAUNCH_FAILURE  # active() asserts that nothing is pending
     assert len(recorder.launched) == 1

@@ -66,7 +66,7 @@ class EndsOnly(Device):
     """The first and the last block of every launch, or those of `blocks`."""
 
     def __init__(self, blocks: tuple[int, ...] = (0, -1)):
-        super().__init__("sm_80")
+        super().__init__("sm_90")  # with the rest of their clusters
         self.blocks = blocks
 
     def options(self, name: str) -> dict:
@@ -349,16 +349,18 @@ class LargeNf4:
         return values[:, :columns].double()
 
 
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("rows", "out"), [(2**22 + 3, 520), (260, 2**23 + 40)], ids=["tall", "wide"])
-def test_nf4_forward(rows, out):
-    """x and y, or the weight's bytes and y, past 2^31."""
+def test_nf4_forward(rows, out, splits):
+    """x and y, or the weight's bytes and y, past 2^31; by single blocks, and by clusters of two."""
     device, columns, rank = EndsOnly(), 512, 3
     x, weight = Large(device, rows, columns, torch.bfloat16, "x"), LargeNf4(device, out, columns)
     u, f = Large(device, rows, rank, torch.float32, "u"), Large(device, out, rank, torch.float32, "factor")
     y = Large(device, rows, out, torch.bfloat16, "y", writable=True)
     args = Nf4Forward(
         x=x.address, x_dtype=BF16, rows=rows, weight=weight.matrix, u=u.address, rank=rank,
-        factor=Factor(f.address, F32, False), alpha=8.0, y=y.address, splits=1,
+        factor=Factor(f.address, F32, False), alpha=8.0, y=y.address, splits=splits,
+        workspace=small(device, torch.zeros(4), "workspace"),  # which clusters do not touch
     )  # fmt: skip
     device.run("nf4_forward", args)
     seen = 0
@@ -475,7 +477,7 @@ def test_multi_lora_up_of_many_rows():
 
 
 def test_multi_lora_grad_of_many_rows():
-    """The last block alone: adapter 0 has too many rows to walk down."""
+    """The last cluster alone, of two slabs: adapter 0 has too many rows to walk down."""
     device = EndsOnly((-1,))
     tall = Tall(device)
     u = Large(device, tall.rows, tall.rank, torch.float32, "u")
@@ -484,8 +486,10 @@ def test_multi_lora_grad_of_many_rows():
     args = MultiLoraGrad(
         u=u.address, x=x.address, x_dtype=BF16, groups=tall.groups, columns=tall.columns, rank=tall.rank, alpha=0.75,
         dropout=Dropout(None, 0, 1.0), grad=grad.address, grad_dtype=F32, rank_major=True,
+        workspace=small(device, torch.zeros(4), "workspace"),  # which clusters do not touch
     )  # fmt: skip
     device.run("multi_lora_grad", args)
+    assert device.clusters == [2]
     entries = torch.arange(tall.starts[1], tall.rows)
     left = u.part(int(entries[0]), tall.few, 256, 8).double()
     right = torch.cat([x.part(int(row), 1, 512, 8) for row in entries ^ 1]).double()

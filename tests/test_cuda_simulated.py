@@ -8,6 +8,7 @@ A `__global__` function in csrc/cuda that no case of ptxsim/ops_cases.py reaches
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from contextlib import nullcontext
 
@@ -102,8 +103,8 @@ def test_every_kernel_is_run():
 def test_every_line_is_run():
     """Of each kernel: a line of source that became PTX, but that no case executes in any instantiation, is untested."""
     ran = {}
-    for each in CASES:
-        device = Device("sm_80")
+    for each, arch in itertools.product(CASES, ("sm_80", "sm_90")):  # without clusters, and with them
+        device = Device(arch)
         each.run(device, check=False)
         for result in device.results:
             ran[result.kernel] = ran.get(result.kernel, False) | (result.raw["warps"] > 0)

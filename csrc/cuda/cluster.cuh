@@ -40,37 +40,66 @@ __device__ __forceinline__ void cluster_sync() {
   __syncthreads();
 }
 
-// What the block `rank` of the cluster has where this one has `own`, in shared memory. No block may end before the
-// others have read.
-__device__ __forceinline__ float load_of_block(const float& own, unsigned rank) {
+// What a block of the cluster has where this one has `own`, in shared memory. No block may end before the others have
+// read. The barriers of a cluster keep their place among these reads.
+struct OwnBlock {
+  template <class T>
+  __device__ __forceinline__ T operator()(const T& own) const {
+    return own;
+  }
+};
+
+struct OtherBlock {
+  unsigned rank;
+
+  __device__ __forceinline__ float operator()(const float& own) const {
+    float value = own;
 #if __CUDA_ARCH__ >= 900
-  float value;
-  asm volatile(
-      "{ .reg .b32 address;\n\t"
-      "mapa.shared::cluster.u32 address, %1, %2;\n\t"
-      "ld.shared::cluster.f32 %0, [address]; }"
-      : "=f"(value)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&own))), "r"(rank)
-      : "memory");
-  return value;
-#else
-  return own;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address(&own)));
 #endif
-}
-__device__ __forceinline__ float4 load_of_block(const float4& own, unsigned rank) {
+    return value;
+  }
+  __device__ __forceinline__ float4 operator()(const float4& own) const {
+    float4 v = own;
 #if __CUDA_ARCH__ >= 900
-  float4 v;
-  asm volatile(
-      "{ .reg .b32 address;\n\t"
-      "mapa.shared::cluster.u32 address, %4, %5;\n\t"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address]; }"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&own))), "r"(rank)
-      : "memory");
-  return v;
-#else
-  return own;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address(&own)));
 #endif
+    return v;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t address(const void* own) const {
+    uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(rank));
+#endif
+    return there;
+  }
+};
+
+// The sum over the cluster's blocks, in their order, of get(block), where block(own) reads. All reads come before the
+// first addition: each takes some 200 cycles.
+template <class Get>
+__device__ __forceinline__ auto sum_of_cluster(const Get& get) {
+  using Sum = decltype(get(OwnBlock{}));
+  Sum total = {};
+  const unsigned blocks = cluster_blocks();
+  if (blocks == 1) {
+    total += get(OwnBlock{});
+    return total;
+  }
+  Sum of_block[kClusterBlocks];
+#pragma unroll
+  for (unsigned rank = 0; rank < kClusterBlocks; ++rank) {
+    if (rank < blocks) of_block[rank] = get(OtherBlock{rank});
+  }
+#pragma unroll
+  for (unsigned rank = 0; rank < kClusterBlocks; ++rank) {
+    if (rank < blocks) total += of_block[rank];
+  }
+  return total;
 }
 
 // Of n results of a cluster those that this block makes: whole units, so that its warps ask memory for whole sectors.

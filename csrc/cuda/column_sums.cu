@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kReduceThreads) column_sums_kernel(ColumnSums 
   const unsigned at = share.first + threadIdx.x, which = at / kReduceColumns, c = at % kReduceColumns;
   float* out = at >= share.last ? nullptr : which == 0 ? args.sums : args.dots;
   if (out && first_column + c < args.columns) {
-    const int64_t parts = slabs / cluster_blocks(), part = slab / cluster_blocks();  // what is left of them
-    if (parts > 1) out = (which == 0 ? args.workspace : part_dots(args, parts)) + part * args.columns;
+    const PartMade made(slab, slabs);
+    if (!made.is_all()) out = (which == 0 ? args.workspace : part_dots(args, made.left)) + made.index * args.columns;
     out[first_column + c] = partial.total(which, c);
   }
   cluster_sync();  // all have read
@@ -99,14 +99,13 @@ cudaError_t launch_column_sums(const ColumnSums& args, cudaStream_t stream) {
   const int64_t slabs = slab_count(args), workspace = column_sums_workspace(args);
   if (workspace && !args.workspace) return cudaErrorInvalidValue;
   const Launch launch = {static_cast<unsigned>(column_tiles(args) * slabs), kReduceThreads, stream};
-  const int64_t parts = workspace ? slabs : 1;  // q alone has none
-  int64_t left = parts;
+  PartsLeft left(workspace ? slabs : 1);  // q alone has none
   const cudaError_t error = dispatch(args.dtype, [&](auto tag) {
     return launch_kernel(column_sums_kernel<decltype(tag)>, launch, left, args, slabs);
   });
-  if (error != cudaSuccess || left == 1) return error;
+  if (error != cudaSuccess || left.parts == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(sum_outputs(args), kPartThreads));
-  column_sums_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(parts, left));
+  column_sums_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, left);
   return cudaGetLastError();
 }
 

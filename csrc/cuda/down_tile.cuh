@@ -199,37 +199,38 @@ struct DownTile {
   }
 
   // each(row, rank of the tile, total) for the first `rows` rows, where the sums of warps of the same rows meet, and,
-  // each times scale, those of the cluster's blocks. All threads take part.
+  // each times scale, those of the cluster's blocks; if no block of it made any, zeros. All threads take part.
   template <class Each>
   __device__ __forceinline__ void for_each_total(const Sums& sum, const DownWarps& warps, float scale, int rows,
-                                                 const Each& each) {
+                                                 bool nothing, const Each& each) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_row = threadIdx.x / 32 * kWarpRows;
-    __syncthreads();  // the last F is used up
+    if (!nothing) {
+      __syncthreads();  // the last F is used up
 #pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
+      for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          part[place(warp_row + i * kTileRows + 2 * t + j % 2, tile * kTileRanks + g + j / 2 * 8)] = sum[tile][i][j];
+          for (int tile = 0; tile < kTiles; ++tile) {
+            part[place(warp_row + i * kTileRows + 2 * t + j % 2, tile * kTileRanks + g + j / 2 * 8)] = sum[tile][i][j];
+          }
         }
       }
+      cluster_sync();
     }
-    cluster_sync();
     const ClusterShare share(rows, kRanks < 32 ? 32 / kRanks : 1);
     const int rank = threadIdx.x % kRanks;
     for (unsigned row = share.first + threadIdx.x / kRanks; row < share.last; row += kDownThreads / kRanks) {
-      float total = 0.0f;
-      for (unsigned block = 0; block < cluster_blocks(); ++block) {
-        float of_block = 0.0f;
+      const auto of_block = [&](const auto& block) {
+        float total = 0.0f;
         for (int turn = 0; turn < warps.turns(); ++turn) {
-          of_block += load_of_block(part[place((turn << warps.rows_log2) * kWarpRows + row, rank)], block);
+          total += block(part[place((turn << warps.rows_log2) * kWarpRows + row, rank)]);
         }
-        total += scale * of_block;
-      }
-      each(row, rank, total);
+        return scale * total;
+      };
+      each(row, rank, nothing ? 0.0f : sum_of_cluster(of_block));
     }
-    cluster_sync();  // all have read
+    if (!nothing) cluster_sync();  // all have read
   }
 
  private:

@@ -112,14 +112,12 @@ struct GradTile {
   // The sum of get(warp, block) for a column's warps, and, each times scale, those of the cluster's blocks.
   template <class Get>
   __device__ __forceinline__ static float total_of(int column, float scale, const Get& get) {
-    float total = 0.0f;
-    for (unsigned block = 0; block < cluster_blocks(); ++block) {
-      float of_block = 0.0f;
+    return sum_of_cluster([&](const auto& block) {
+      float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kRowWarps; ++w) of_block += get(column / kWarpColumns * kRowWarps + w, block);
-      total += scale * of_block;
-    }
-    return total;
+      for (int w = 0; w < kRowWarps; ++w) total += get(column / kWarpColumns * kRowWarps + w, block);
+      return scale * total;
+    });
   }
 
   // each(rank, column, total) for those of the tile below `ranks` and `columns`, where these sums meet; without rows,
@@ -147,8 +145,8 @@ struct GradTile {
         const int r = rank_major ? i / kGradColumns : i % kTileRanks;
         const int c = rank_major ? i % kGradColumns : i / kTileRanks;
         if (tile * kTileRanks + r >= ranks || c >= columns) continue;
-        const auto sum_of = [&](int w, unsigned block) {
-          return load_of_block(part[w][place(rank_major, r, c % kWarpColumns)], block);
+        const auto sum_of = [&](int w, const auto& block) {
+          return block(part[w][place(rank_major, r, c % kWarpColumns)]);
         };
         each(tile * kTileRanks + r, c, no_rows ? 0.0f : total_of(c, scale, sum_of));
       }

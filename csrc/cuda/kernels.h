@@ -40,7 +40,6 @@ cudaError_t launch_dequantize_absmax(const DequantizeAbsmax& args, cudaStream_t 
 
 cudaError_t launch_squared_row_norms(const SquaredRowNorms& args, cudaStream_t stream);
 cudaError_t launch_dora_norm(const DoraNorm& args, cudaStream_t stream);
-cudaError_t launch_nf4_gradient(const Nf4Gradient& args, cudaStream_t stream);
 // Nf4Forward::splits that fill a GPU, and the floats of Nf4Forward::workspace for args.splits.
 int64_t nf4_forward_splits(int64_t rows, int64_t out, int64_t in, int64_t multiprocessors);
 int64_t nf4_forward_workspace(const Nf4Forward& args);

@@ -41,10 +41,11 @@ __global__ void __launch_bounds__(kDownThreads, 1) low_rank_down_kernel(LowRankD
   tile.multiply(warps, rows, args.dropout, chunks_aligned(args.x, args.columns * sizeof(T)), args.factor, args.rank,
                 args.rank, args.columns, first_rank, DownPart(args.columns, part, parts), sum);
 
-  float* sums = parts == cluster_blocks() ? args.out : args.workspace + part / cluster_blocks() * args.rows * args.rank;
+  const PartMade made(part, parts);
+  float* sums = made.is_all() ? args.out : args.workspace + made.index * args.rows * args.rank;
   float* out = sums + tile_row * args.rank + first_rank;
   const int count = static_cast<int>(min(static_cast<int64_t>(kDownRows), args.rows - tile_row));
-  tile.for_each_total(sum, warps, args.alpha * args.dropout.scale, count, [&](int row, int rank, float total) {
+  tile.for_each_total(sum, warps, args.alpha * args.dropout.scale, count, false, [&](int row, int rank, float total) {
     if (first_rank + rank < args.rank) out[row * args.rank + rank] = total;
   });
 }
@@ -70,7 +71,7 @@ cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream) {
   const int64_t tiles = block_tiles(args), parts = part_count(tiles, args.columns);
   if (parts > 1 && !args.workspace) return cudaErrorInvalidValue;
   const Launch launch = {static_cast<unsigned>(tiles * parts), kDownThreads, stream};
-  int64_t left = parts;
+  PartsLeft left(parts);
   const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
     switch (block_ranks(args)) {
@@ -79,9 +80,9 @@ cudaError_t launch_low_rank_down(const LowRankDown& args, cudaStream_t stream) {
       default: return launch_kernel(low_rank_down_kernel<T, 4>, launch, left, args, parts);
     }
   });
-  if (error != cudaSuccess || left == 1) return error;
+  if (error != cudaSuccess || left.parts == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(args.rows * args.rank, kPartThreads));
-  low_rank_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(parts, left));
+  low_rank_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, left);
   return cudaGetLastError();
 }
 

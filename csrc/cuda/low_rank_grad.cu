@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kGradThreads, sizeof(T) == 2 && kTiles == 1 ? 
                     }
                   });
 
-  const int64_t parts = slabs / cluster_blocks(), part = slab / cluster_blocks();  // what is left of them
+  const PartMade made(slab, slabs);
   if (wants_sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     __syncthreads();
@@ -63,22 +63,22 @@ __global__ void __launch_bounds__(kGradThreads, sizeof(T) == 2 && kTiles == 1 ? 
     const ClusterShare share(kGradColumns);
     const unsigned c = share.first + threadIdx.x;
     if (c < share.last && first_column + c < args.columns) {
-      const float total = Tile::total_of(
-          c, 1.0f, [&](int w, unsigned block) { return load_of_block(shared.part[w][c % kWarpColumns], block); });
-      (parts > 1 ? part_sums(args, parts, part) : args.sums)[first_column + c] = total;
+      const float total =
+          Tile::total_of(c, 1.0f, [&](int w, const auto& block) { return block(shared.part[w][c % kWarpColumns]); });
+      (made.is_all() ? args.sums : part_sums(args, made.left, made.index))[first_column + c] = total;
     }
   }
 
-  float* workspace = args.workspace + part * args.rank * args.columns;
+  float* workspace = args.workspace + made.index * args.rank * args.columns;
   shared.for_each_total(sum, args.rank_major, args.rank - first_rank, args.columns - first_column,
                         args.alpha * args.dropout.scale, false, [&](int r, int c, float total) {
                           const int64_t rank = first_rank + r, column = first_column + c;
                           const int64_t index =
                               args.rank_major ? rank * args.columns + column : column * args.rank + rank;
-                          if (parts > 1) {
-                            workspace[index] = total;
-                          } else {
+                          if (made.is_all()) {
                             store_as(args.grad, args.grad_dtype, index, total);
+                          } else {
+                            workspace[index] = total;
                           }
                         });
 }
@@ -113,15 +113,15 @@ cudaError_t launch_low_rank_grad(const LowRankGrad& args, cudaStream_t stream) {
   const int64_t slabs = slab_count(args);
   if ((slabs > 1 && !args.workspace) || (args.sums && args.x_dtype == DType::f32)) return cudaErrorInvalidValue;
   const Launch launch = {static_cast<unsigned>(block_tiles(args) * slabs), kGradThreads, stream};
-  int64_t left = slabs;
+  PartsLeft left(slabs);
   const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
     return block_ranks(args) == 16 ? launch_kernel(low_rank_grad_kernel<T, 1>, launch, left, args, slabs)
                                    : launch_kernel(low_rank_grad_kernel<T, 2>, launch, left, args, slabs);
   });
-  if (error != cudaSuccess || left == 1) return error;
+  if (error != cudaSuccess || left.parts == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(grad_outputs(args), kPartThreads));
-  low_rank_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(slabs, left));
+  low_rank_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, left);
   return cudaGetLastError();
 }
 

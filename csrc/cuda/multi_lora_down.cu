@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kDownThreads, sizeof(T) == 2 && kTiles < 4 ? 2
   }
 
   const float scale = alpha_of(args.alphas, args.alpha, rows.adapter, args.groups.adapters) * args.dropout.scale;
-  const int64_t group = part / cluster_blocks();
-  float* sums = parts == cluster_blocks() ? args.out : args.workspace + group * args.groups.rows * args.rank;
+  const PartMade made(part, parts);
+  float* sums = made.is_all() ? args.out : args.workspace + made.index * args.groups.rows * args.rank;
   float* out = sums + rows.first * args.rank + first_rank;
-  tile.for_each_total(sum, warps, scale, count, [&](int row, int tile_rank, float total) {
+  tile.for_each_total(sum, warps, scale, count, first_rank >= rank, [&](int row, int tile_rank, float total) {
     const int64_t r = first_rank + tile_rank;
     if (r < args.rank) out[row * args.rank + tile_rank] = r < rank ? total : 0.0f;
   });
@@ -93,7 +93,7 @@ cudaError_t launch_multi_lora_down(const MultiLoraDown& args, cudaStream_t strea
   if (parts > 1 && !args.workspace) return cudaErrorInvalidValue;
   const int64_t tiles = ceil_div(args.rank, block_ranks(args)) * most_row_tiles(args.groups);
   const Launch launch = {static_cast<unsigned>(tiles * parts), kDownThreads, stream};
-  int64_t left = parts;
+  PartsLeft left(parts);
   const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
     const unsigned count = static_cast<unsigned>(parts);
@@ -103,9 +103,9 @@ cudaError_t launch_multi_lora_down(const MultiLoraDown& args, cudaStream_t strea
       default: return launch_kernel(multi_lora_down_kernel<T, 4>, launch, left, args, count);
     }
   });
-  if (error != cudaSuccess || left == 1) return error;
+  if (error != cudaSuccess || left.parts == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(args.groups.rows * args.rank, kPartThreads));
-  multi_lora_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(parts, left));
+  multi_lora_down_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, left);
   return cudaGetLastError();
 }
 

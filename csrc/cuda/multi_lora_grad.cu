@@ -72,14 +72,15 @@ __global__ void __launch_bounds__(kGradThreads) multi_lora_grad_kernel(MultiLora
 
   const float scale = alpha_of(args.alphas, args.alpha, adapter, args.groups.adapters) * args.dropout.scale;
   const int64_t base = adapter * args.rank * args.columns;
-  float* part = args.workspace + slab / cluster_blocks() * args.groups.adapters * args.rank * args.columns;
+  const PartMade made(slab, slabs);
+  float* part = args.workspace + made.index * args.groups.adapters * args.rank * args.columns;
   shared.for_each_total(sum, args.rank_major, args.rank - first_rank, args.columns - first_column, scale, stages == 0,
                         [&](int r, int c, float total) {
                           const int64_t at = first_rank + r, column = first_column + c;
                           const int64_t index =
                               base + (args.rank_major ? at * args.columns + column : column * args.rank + at);
                           const float value = at < rank ? total : 0.0f;
-                          if (slabs == cluster_blocks()) {
+                          if (made.is_all()) {
                             store_as(args.grad, args.grad_dtype, index, value);
                           } else {
                             part[index] = value;
@@ -113,15 +114,15 @@ cudaError_t launch_multi_lora_grad(const MultiLoraGrad& args, cudaStream_t strea
   const int64_t slabs = slab_count(args);
   if (slabs > 1 && !args.workspace) return cudaErrorInvalidValue;
   const Launch launch = {static_cast<unsigned>(block_tiles(args) * slabs), kGradThreads, stream};
-  int64_t left = slabs;
+  PartsLeft left(slabs);
   const cudaError_t error = dispatch(args.x_dtype, [&](auto tag) {
     using T = decltype(tag);
     return block_ranks(args) == 16 ? launch_kernel(multi_lora_grad_kernel<T, 1>, launch, left, args, slabs)
                                    : launch_kernel(multi_lora_grad_kernel<T, 2>, launch, left, args, slabs);
   });
-  if (error != cudaSuccess || left == 1) return error;
+  if (error != cudaSuccess || left.parts == 1) return error;
   const unsigned sums = static_cast<unsigned>(ceil_div(args.groups.adapters * args.rank * args.columns, kPartThreads));
-  multi_lora_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, PartsLeft(slabs, left));
+  multi_lora_grad_sum_kernel<<<sums, kPartThreads, 0, stream>>>(args, left);
   return cudaGetLastError();
 }
 

@@ -320,7 +320,7 @@ class PartsOfTile {
   __device__ __forceinline__ PartsOfTile(const Nf4Forward& args, const ForwardTile<kRows>& tile, uint32_t thread)
       : stride_(static_cast<uint32_t>(part_members(kRows, args.rows)) * (kForwardThreads / 4)),
         tiles_(tile.tiles),
-        first_(reinterpret_cast<float4*>(args.workspace) + tile.index * (kRows / 4) * static_cast<int64_t>(stride_) +
+        first_(reinterpret_cast<float4*>(args.workspace) + static_cast<int64_t>(tile.index) * (kRows / 4) * stride_ +
                thread % 4 * (kForwardThreads / 4) + thread / 4) {}
 
   __device__ __forceinline__ RowPair load(int part, int i) const {
@@ -353,20 +353,18 @@ __device__ __forceinline__ void add_in_cluster(const Nf4Forward& args, const For
     own[i * kForwardThreads + threadIdx.x] = make_float4(v[0], v[1], v[2], v[3]);
   }
   cluster_sync();
-  const unsigned blocks = cluster_blocks();
+  const PartMade made(tile.split, args.splits);
   const ClusterShare share(kRows / 8 * kForwardThreads);
   for (unsigned pair = share.first + threadIdx.x; pair < share.last; pair += kForwardThreads) {
     const unsigned i = pair / kForwardThreads, thread = pair % kForwardThreads;
     if (!has_rows(args, tile, i, thread)) continue;
     const float4 *first = own + 2 * i * kForwardThreads + thread, *second = first + kForwardThreads;
-    RowPair total;
-    for (unsigned block = 0; block < blocks; ++block) {
-      total.add(row_pair(load_of_block(*first, block), load_of_block(*second, block)));
-    }
-    if (args.splits == blocks) {
-      TileStore<T, kRows>(args, tile, thread).store(i, total);
+    const TileStore<T, kRows> to(args, tile, thread);  // before the sums: what it loads takes time
+    const RowPair total = sum_of_cluster([&](const auto& block) { return row_pair(block(*first), block(*second)); });
+    if (made.is_all()) {
+      to.store(i, total);
     } else {
-      PartsOfTile<kRows>(args, tile, thread).store(tile.split / blocks, i, total);
+      PartsOfTile<kRows>(args, tile, thread).store(static_cast<int>(made.index), i, total);
     }
   }
   cluster_sync();  // all have read
@@ -508,17 +506,15 @@ static cudaError_t launch_tiles(const Nf4Forward& args, int block_size_log2, cud
   const auto kernel = nf4_forward_kernel<T, kRows>;
   constexpr int kBytes = ForwardShared<kRows>::kBytes;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cudaGetLastError();
   const int64_t tiles = ceil_div(args.rows, kRows) * ceil_div(args.weight.out, kForwardColumns);
   const Launch launch = {static_cast<unsigned>(tiles * args.splits), kForwardThreads, stream, kBytes, args.overlap};
-  int64_t left = args.splits;
+  PartsLeft left(args.splits);
   const cudaError_t launched = launch_kernel(kernel, launch, left, args, block_size_log2);
-  if (launched == cudaSuccess && left > 1) {
-    const unsigned blocks = static_cast<unsigned>(tiles * (kRows / 8));
-    nf4_forward_add_kernel<T, kRows><<<blocks, kForwardThreads, 0, stream>>>(args, PartsLeft(args.splits, left));
-  }
-  const cudaError_t last = cudaGetLastError();
-  return launched == cudaSuccess ? last : launched;
+  if (launched != cudaSuccess || left.parts == 1) return launched;
+  const unsigned blocks = static_cast<unsigned>(tiles * (kRows / 8));
+  nf4_forward_add_kernel<T, kRows><<<blocks, kForwardThreads, 0, stream>>>(args, left);
+  return cudaGetLastError();
 }
 
 template <class T>
@@ -536,7 +532,8 @@ cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream) {
   const Nf4Matrix& w = args.weight;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (args.x_dtype == DType::f32 || w.in % kForwardDepth || w.in > kMaxIn || args.splits > kMaxSplits ||
-      !valid_block_size(w.block_size) || args.splits < 1 || !aligned(args.x) || !aligned(w.packed)) {
+      !valid_block_size(w.block_size) || args.splits < 1 || !aligned(args.x) || !aligned(w.packed) ||
+      (args.splits > 1 && !args.workspace)) {
     return cudaErrorInvalidValue;
   }
   if (args.rows == 0 || w.out == 0) return cudaSuccess;

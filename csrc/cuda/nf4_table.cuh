@@ -37,7 +37,7 @@ __device__ __forceinline__ float2 look_up(uint32_t table, uint32_t lane, uint32_
   float2 codes;
   // (shifted & 0x7f80) | lane, as the one instruction it is: ptxas otherwise makes two of it and of the mask of lane
   asm("lop3.b32 %0, %1, 0x7f80, %2, 0xea;" : "=r"(entry) : "r"(shifted), "r"(lane));
-  // Not volatile: the table never changes, so the read may move freely.
+  // Not volatile: the table does not change while it is used, so the read may move freely.
   asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(codes.x), "=f"(codes.y) : "r"(table + entry));
   return codes;
 }

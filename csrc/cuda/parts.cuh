@@ -25,19 +25,21 @@ inline int64_t most_parts(int64_t terms) {
   return few < 1 ? 1 : few <= kClusterBlocks ? few : many > kClusterBlocks ? many : kClusterBlocks;
 }
 
-// How many give enough blocks, where `tiles` blocks do for one part. A function of the shape alone, as is then the
-// order of the sum.
+// How many give enough blocks, where `tiles` blocks do for one part. A function of the shape and of `blocks` alone, as
+// is then the order of the sum.
 inline int64_t part_count(int64_t tiles, int64_t terms, int64_t blocks = kPartBlocks) {
   const int64_t wanted = tiles ? blocks / tiles : 1, most = most_parts(terms);
   const int64_t parts = wanted < 1 ? 1 : wanted < most ? wanted : most;
   return parts > kClusterBlocks ? parts / kClusterBlocks * kClusterBlocks : parts;
 }
 
-// The parts of one launch, of which clusters have added up some: how many are left, and of how many the first sums are.
-struct PartsLeft {
-  int parts, together;
+// What of a sum a block makes, or its cluster.
+struct PartMade {
+  int64_t index, left;  // of so many that are left to be added
 
-  PartsLeft(int64_t made, int64_t left) : parts(static_cast<int>(left)), together(left == made ? kClusterBlocks : 1) {}
+  __device__ __forceinline__ PartMade(int64_t part, int64_t parts)
+      : index(part / cluster_blocks()), left(parts / cluster_blocks()) {}
+  __device__ __forceinline__ bool is_all() const { return left == 1; }
 };
 
 // Neighbouring sums of a thread.
@@ -45,7 +47,7 @@ template <int kCount>
 struct Sums {
   float v[kCount] = {};
 
-  __device__ __forceinline__ void add(const Sums& more) {
+  __device__ __forceinline__ void operator+=(const Sums& more) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] += more.v[i];
   }
@@ -57,10 +59,10 @@ __device__ __forceinline__ Sums<kCount> sum_of_parts(const PartsLeft& left, cons
   Sums<kCount> total, sum;
 #pragma unroll 8
   for (int part = 0, last = left.together - 1; part < left.parts; ++part) {
-    sum.add(get(part));
-    if (part == last) total.add(sum), sum = {}, last += left.together;
+    sum += get(part);
+    if (part == last) total += sum, sum = {}, last += left.together;
   }
-  total.add(sum);
+  total += sum;
   return total;
 }
 

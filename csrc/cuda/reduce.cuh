@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over rows, for outputs that keep the columns. A block owns 32 columns: 4 neighbouring lanes hold one row's 4
 // chunks (64 contiguous bytes of a 16-bit dtype) and the 64 groups of lanes walk down the rows. The partial sums then
-// meet in a fixed order, first within a warp, then across the warps, so the result depends on the shape alone.
+// meet in a fixed order, first within a warp, then across the warps and the blocks of a cluster, so the result depends
+// on the shape alone.
 #pragma once
 #include "chunk.cuh"
 #include "cluster.cuh"
@@ -38,14 +39,12 @@ struct PartialSums {
 
   // Over the warps, and over the blocks of the cluster.
   __device__ float total(int s, int column) const {
-    float total = 0.0f;
-    for (unsigned block = 0; block < cluster_blocks(); ++block) {
-      float of_block = 0.0f;
+    return sum_of_cluster([&](const auto& block) {
+      float total = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < kReduceWarps; ++warp) of_block += load_of_block(data[warp][s][column], block);
-      total += of_block;
-    }
-    return total;
+      for (int warp = 0; warp < kReduceWarps; ++warp) total += block(data[warp][s][column]);
+      return total;
+    });
   }
 };
 

@@ -8,6 +8,7 @@
 // until that function is added.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <functional>
@@ -47,13 +48,15 @@ struct Configuration {
 };
 
 constexpr int kMaxSharedMemory = 227 * 1024;  // of a block, sm_90 and sm_100; sm_80 has 163 KB
-constexpr unsigned kMaxCluster = 8;           // without cudaFuncAttributeNonPortableClusterSizeAllowed
+constexpr int kManyClusters = 9999;
+constexpr unsigned kMaxCluster = 8;  // without cudaFuncAttributeNonPortableClusterSizeAllowed
 
 using Clock = std::chrono::steady_clock;
 
 LaunchCallback launch_callback = nullptr;
 ParametersCallback parameters_callback = nullptr;
 int ptx_version = 80;                               // of the simulated code: 10 * major + minor
+int cluster_room = kManyClusters;                   // how many clusters run at once, of any size
 thread_local cudaError_t last_error = cudaSuccess;  // the first one not yet asked for
 
 // As in the real runtime, each thread has its own error and its own launches.
@@ -210,7 +213,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 // ---- the rest
-void cudart_set_ptx_version(int version) { ptx_version = version; }
+// What is cached for a device is not for another: each of these pairs has a number of its own.
+void cudart_set_device(int version, int clusters) {
+  ptx_version = version, cluster_room = std::min(clusters, kManyClusters);
+}
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
   if (!kernels().contains(stub)) return record(cudaErrorInvalidDeviceFunction);
   *attributes = {};
@@ -227,7 +233,17 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 // A device for what the package times: an event is the clock of this machine, which is no GPU's.
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  return *device = ptx_version * (kManyClusters + 1) + cluster_room, cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int, size_t,
+                                                                   unsigned) {
+  return *blocks = 2, kernels().contains(stub) ? cudaSuccess : record(cudaErrorInvalidDeviceFunction);
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* stub, const cudaLaunchConfig_t*) {
+  if (ptx_version < 90) return record(cudaErrorInvalidClusterSize);
+  return *clusters = cluster_room, kernels().contains(stub) ? cudaSuccess : record(cudaErrorInvalidDeviceFunction);
+}
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {};

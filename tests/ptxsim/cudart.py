@@ -170,6 +170,7 @@ class Device:
         self.results: list = []
         self.launched: list[tuple[str, tuple, tuple, int]] = []
         self.overlapping: list[str] = []  # those of the launched that may overlap with the launch before
+        self.cluster_room = 2**20  # how many clusters run at once
         self.clusters: list[int] = []  # of each of the launched, the blocks that run together
         self.host_memory = HostMemory() if host_memory else None
         self.failure: Exception | None = None
@@ -187,7 +188,7 @@ class Device:
         """Launches go to this device; at the end its failures are raised and all its reports are checked."""
         library = host_library()
         library.cudart_clear_error()
-        library.cudart_set_ptx_version(int(self.arch.removeprefix("sm_")))
+        library.cudart_set_device(int(self.arch.removeprefix("sm_")), self.cluster_room)
         _current.devices.append(self)
         try:
             yield self

@@ -11,7 +11,7 @@ import torch
 from peftkern import reference
 
 from .ops import BF16, F16, F32, Factor, Nf4Forward, Nf4Matrix
-from .problem import DTYPES, SUM_TOLERANCE, TORCH_DTYPE, Problem, assert_sums, random
+from .problem import DTYPES, SUM_TOLERANCE, TORCH_DTYPE, Problem, assert_bits, assert_sums, random
 
 LOW_RANK_TOLERANCE = 3 * 2**-18
 """Of a term u F relative to itself: 2^-18 that the sum of two bf16 values leaves of u, as much of F, and the product of
@@ -38,11 +38,13 @@ def nf4_weight(problem: Problem, out: int, columns: int, block_size: int, nested
 
 def _nf4_forward(
     rows, out, columns, rank=0, x=BF16, factor=F32, block_size=64, nested=False, out_scale=False, bias=False, z=False,
-    splits=1, misaligned=0,
+    splits=1, identity=False, misaligned=0,
 ) -> Problem:  # fmt: skip
-    """misaligned: y, z, u, F, out_scale and bias begin so many elements after an aligned address."""
+    """identity: x is one, so y is the weight, bit for bit that of dequantize_nf4. misaligned: y, z, u, F, out_scale and
+    bias begin so many elements after an aligned address."""
     problem, dtype, alpha = Problem(), TORCH_DTYPE[x], 0.75
-    values, u, f = random(rows, columns, dtype=x), random(rows, rank), random(out, rank, dtype=factor)
+    values = torch.eye(rows, columns).to(dtype) if identity else random(rows, columns, dtype=x)
+    u, f = random(rows, rank), random(out, rank, dtype=factor)
     scale, shift = random(out), random(out)
     matrix, w = nf4_weight(problem, out, columns, block_size, nested, dtype)
     args = problem.args = Nf4Forward(
@@ -58,6 +60,8 @@ def _nf4_forward(
         args.workspace = problem.reserve("workspace", args.workspace_size())
 
     def check() -> None:
+        if identity:
+            return assert_bits(problem.result("y", dtype, rows, out), w.T[:rows].to(dtype), "nf4_forward's weight")
         low_rank = LOW_RANK_TOLERANCE / SUM_TOLERANCE
         terms, magnitude = values.double() @ w.T, values.double().abs() @ w.T.abs()
         expected = terms + alpha * u.double() @ f.double().T
@@ -94,6 +98,11 @@ def gemm_cases() -> Iterator[tuple[str, dict]]:
     # two scales in a step, one for several rows, and rows that begin within a block, plain and nested
     for block_size, nested in itertools.product((32, 64, 256, 4096), (False, True)):
         yield "nf4_forward", dict(rows=3, out=259, columns=320, block_size=block_size, nested=nested)
+    # the weights themselves, in each tile
+    for rows, x, nested in itertools.product((8, 16, 32, 64, 128), (BF16, F16), (False, True)):
+        block_size = 32 if nested == (x == F16) else 128
+        options = dict(x=x, block_size=block_size, nested=nested, splits=1 + rows // 16 % 2)
+        yield "nf4_forward", dict(rows=rows, out=140, columns=128, **options, identity=True)
     # more steps than stages, in each tile
     for rows in (8, 16, 32, 64, 128):
         yield "nf4_forward", dict(rows=rows, out=64, columns=512, rank=4, nested=True)

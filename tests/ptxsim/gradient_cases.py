@@ -63,8 +63,9 @@ def gradient_cases() -> Iterator[tuple[str, dict]]:
     for block_size in (32, 64, 128, 1024, 4096):
         for nested in (False, True):
             yield "nf4_gradient", dict(rows=70, out=72, columns=192, block_size=block_size, nested=nested)
-            yield "nf4_gradient", dict(rows=64, out=64, columns=320, block_size=block_size, nested=nested,
-                                       q=F16, identity=True)  # fmt: skip
+            for q in (BF16, F16):
+                yield "nf4_gradient", dict(rows=64, out=64, columns=320, block_size=block_size, nested=nested,
+                                           q=q, identity=True)  # fmt: skip
     yield "nf4_gradient", dict(rows=200, out=200, columns=128, block_size=32, identity=True)
     for q in (BF16, F16):
         # tiles of 64 and 128 rows, which only a wide matrix has

@@ -235,29 +235,30 @@ def _source(file: str, line: int) -> str:
     return path.read_text().splitlines()[line - 1] if line and path.exists() else ""
 
 
+def line_of(row: Row, totals: Counter, operands: dict[str, Counter], older: Counter) -> str:
+    """A row of the table, from what count() gives for ARCH and for OLDER."""
+    moved = sum(t["bytes"] for t in operands.values())
+    sectors, ideal = (sum(t[key] for t in operands.values()) for key in ("sectors", "ideal_sectors"))
+    waves = f"{totals['waves'] / totals['ideal_waves']:.2f}" if totals["ideal_waves"] else "none"
+    parts: dict[str, list[int]] = {}
+    for name, traffic in operands.items():
+        part = parts.setdefault(name.strip(), [0, 0])
+        part[0] += traffic["bytes"]
+        part[1] = max(part[1], traffic["compulsory"])
+    each = [f"{name} {moved_part / needed:.2f}" for name, (moved_part, needed) in parts.items() if needed >= 1024]
+    distinct = " | ".join(f"{t['distinct'] / t['compulsory']:.2f}" for t in (totals, older))
+    return (
+        f"| `{row.case.op}` {row.title} | {distinct} | {moved / totals['compulsory']:.2f} | {sectors / ideal:.2f} | "
+        f"{waves} | {', '.join(each) or '-'} |"
+    )
+
+
 def table() -> str:
     lines = [
         f"| kernel and shape | distinct | {OLDER} | bytes | sectors | waves | bytes of each operand |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
-        totals, operands = count(row.case)
-        older, _ = count(row.case, OLDER)
-        moved = sum(t["bytes"] for t in operands.values())
-        sectors, ideal = (sum(t[key] for t in operands.values()) for key in ("sectors", "ideal_sectors"))
-        waves = f"{totals['waves'] / totals['ideal_waves']:.2f}" if totals["ideal_waves"] else "none"
-        parts: dict[str, list[int]] = {}
-        for name, traffic in operands.items():
-            part = parts.setdefault(name.strip(), [0, 0])
-            part[0] += traffic["bytes"]
-            part[1] = max(part[1], traffic["compulsory"])
-        each = [f"{name} {moved_part / needed:.2f}" for name, (moved_part, needed) in parts.items() if needed >= 1024]
-        distinct = " | ".join(f"{t['distinct'] / t['compulsory']:.2f}" for t in (totals, older))
-        lines.append(
-            f"| `{row.case.op}` {row.title} | {distinct} | {moved / totals['compulsory']:.2f} | "
-            f"{sectors / ideal:.2f} | {waves} | {', '.join(each) or '-'} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + [line_of(row, *count(row.case), count(row.case, OLDER)[0]) for row in ROWS])
 
 
 def replace_section(name: str, text: str) -> None:

@@ -116,11 +116,12 @@ def drop(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def assert_sums(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, what: str) -> None:
-    """Every value within SUM_TOLERANCE of its own sum of magnitudes, plus half a unit in the last place."""
+    """Every value within SUM_TOLERANCE of its own sum of magnitudes, plus half a unit in its last place."""
     if not got.numel():
         return
     info = torch.finfo(got.dtype)
-    rounding = 0.501 * info.eps * expected.abs() + (0.501 * info.eps * info.tiny if got.dtype != torch.float32 else 0)
+    unit = info.eps * torch.exp2((torch.frexp(expected).exponent - 1).double())
+    rounding = 0.501 * unit.clamp(min=info.eps * info.tiny)
     error = (got.double() - expected).abs()
     excess = error - (SUM_TOLERANCE * magnitude + rounding + 1e-30)
     worst = torch.unravel_index(excess.argmax(), excess.shape)
