@@ -4,8 +4,8 @@
 //
 //   norm[n]^2 = |W[n]|^2 + 2 s B[n] . P[., n] + s^2 B[n] G B[n]^T       P = A W^T [rank, out], G = A A^T [rank, rank]
 //
-// The terms may cancel, so all of it is in fp64 but P, a forward product of rank rows (products.h) in fp32: what its
-// rounding leaves is derived in peftkern/ops/dora_norm.py. Torch-free.
+// The terms may cancel, so all of it is in fp64 but P, a forward product of rank rows (products.h) summed in fp32:
+// what its rounding leaves is derived in peftkern/ops/dora_norm.py. Torch-free.
 #pragma once
 #include "dtypes.h"
 #include "low_rank.h"

@@ -32,11 +32,19 @@ Tensor squared_row_norms(const Tensor& weight, const OptionalTensor& absmax, con
   return out;
 }
 
-// w2: squared_row_norms of the weight -> float32 [out]
+// P = A W^T, float32 [r, out]. CUDA has a kernel for 16-bit A and W: csrc/cuda/dora_norm.cpp. dtype: what both may be
+// rounded to.
+template <class Backend>
+Tensor dora_product(const Backend& backend, const Terms& base, const Tensor& A, ScalarType /*dtype*/) {
+  const Tensor a = dense(to_dtype(A, ScalarType::Float));
+  return make(backend, ForwardProduct{base, a, std::nullopt, std::nullopt, std::nullopt});
+}
+
+// w2: squared_row_norms of the weight; dtype: float32, or that of a 16-bit layer -> float32 [out]
 template <class Backend>
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
                  const OptionalTensor& offset, int64_t block_size, const Tensor& A, const Tensor& B, const Tensor& w2,
-                 double scaling) {
+                 double scaling, ScalarType dtype) {
   PEFTKERN_CHECK(A.dim() == 2 && B.dim() == 2, "A and B: expected shapes [r, in] and [out, r], got ",
                  shape_string(A.sizes()), " and ", shape_string(B.sizes()));
   Terms t{weight,
@@ -57,12 +65,12 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   check_device(w2, A, "w2", "A");
 
   const Backend backend(A);
-  const Tensor a = dense(to_dtype(A, ScalarType::Float)), b = dense(B), squares = dense(w2);
+  const Tensor b = dense(B), squares = dense(w2);
   Terms base = t;
   base.A = base.B = std::nullopt;
   base.rank = 0;
-  const Tensor P = make(backend, ForwardProduct{base, a, std::nullopt, std::nullopt, std::nullopt});
-  const Tensor a64 = to_dtype(a, ScalarType::Double);
+  const Tensor P = dora_product(backend, base, A, dtype);
+  const Tensor a64 = to_dtype(A, ScalarType::Double);
   const Tensor G = product(a64, call_aten("aten::t", "", a64));
   Tensor norm = empty(A, {t.out}, ScalarType::Float);
   const DoraNorm args{.w2 = static_cast<const double*>(squares.const_data_ptr()),

@@ -32,7 +32,8 @@ struct Nf4Forward {
   const float* out_scale;  // [out] or null
   const float* bias;       // [out] or null
   void* z;                 // [rows, out], x_dtype, or null
-  void* y;                 // [rows, out], x_dtype
+  void* y;                 // [rows, out]
+  DType y_dtype;           // x_dtype or f32
   int64_t splits;          // of the sum over in, each by thread blocks of its own; at least 1
   float* workspace;        // [nf4_forward_workspace(args)], null if splits is 1
   bool overlap = false;    // the launch before this one writes neither x nor the weight: start while it runs (sm_90)

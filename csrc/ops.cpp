@@ -71,7 +71,7 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "int out_features, int in_features) -> Tensor");
   m.def(
       "dora_norm(Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int block_size, Tensor A, "
-      "Tensor B, Tensor w2, float scaling) -> Tensor");
+      "Tensor B, Tensor w2, float scaling, ScalarType dtype) -> Tensor");
   // rank_allocation
   m.def(
       "update_importance_(Tensor[] A, Tensor[] E, Tensor[] B, Tensor?[] grad_A, Tensor?[] grad_E, Tensor?[] grad_B, "

@@ -359,7 +359,7 @@ def test_nf4_forward(rows, out, splits):
     y = Large(device, rows, out, torch.bfloat16, "y", writable=True)
     args = Nf4Forward(
         x=x.address, x_dtype=BF16, rows=rows, weight=weight.matrix, u=u.address, rank=rank,
-        factor=Factor(f.address, F32, False), alpha=8.0, y=y.address, splits=splits,
+        factor=Factor(f.address, F32, False), alpha=8.0, y=y.address, y_dtype=BF16, splits=splits,
         workspace=small(device, torch.zeros(4), "workspace"),  # which clusters do not touch
     )  # fmt: skip
     device.run("nf4_forward", args)

@@ -229,6 +229,7 @@ def forward(block_size=64, columns=64, **options) -> Nf4Forward:
         forward(block_size=48),
         forward(columns=96),
         forward(x_dtype=F32),
+        forward(y_dtype=F16),
         forward(splits=0),
         forward(x=8),
     ],
@@ -416,18 +417,41 @@ def test_nf4_on_simulated_kernels(sample):
 
 
 @pytest.mark.parametrize("double_quant", [None, False, True])
-def test_dora_norm_on_simulated_kernels(double_quant):
-    """Dense and NF4: the norms of the whole matrix."""
-    W, A, B = torch.randn(40, 96).to(torch.bfloat16), torch.randn(5, 96), torch.randn(40, 5).to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "A_dtype", "columns"),
+    [
+        (torch.bfloat16, torch.float32, 96),
+        (torch.float32, torch.bfloat16, 128),
+        (torch.bfloat16, torch.float32, 128),
+        (torch.bfloat16, torch.bfloat16, 128),
+        (torch.float16, torch.float32, 128),
+    ],
+    ids=str,
+)
+def test_dora_norm_on_simulated_kernels(dtype, A_dtype, columns, double_quant):
+    """Dense and NF4: the norms of the whole matrix. Over NF4 of a 16-bit layer A Wᵀ is of the two rounded to its dtype,
+    from the codes, and all else is exact."""
+    W, A, B = torch.randn(40, columns).to(dtype), torch.randn(5, columns).to(A_dtype), torch.randn(40, 5).to(dtype)
     weight = W if double_quant is None else peftkern.quantize_nf4(W, 64, double_quant)
     device = Device("sm_80", host_memory=True)
     stored = [W] if double_quant is None else [weight.packed, weight.absmax, weight.nested_absmax, weight.offset]
     with package_on(device, [A, B, *(t for t in stored if t is not None)]):
         norm = dora_norm(weight, A, B, 0.7)
-    assert any("dora_norm" in name for name, *_ in device.launched)
+    fused = double_quant is not None and dtype != torch.float32 and columns % 64 == 0
+
+    def launched(kernel: str) -> bool:
+        return any(kernel in name for name, *_ in device.launched)
+
+    assert launched("dora_norm_kernel") and launched("nf4_forward_kernel") == fused
+    assert launched("dequantize_nf4_kernel") == (double_quant is not None and not fused)
     dense = W if double_quant is None else peftkern.dequantize_nf4(weight, torch.float32)
-    expected = (dense.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    a, b, w = A.double(), 0.7 * B.double(), dense.double()
+    P = (dense.to(dtype).double() @ A.to(dtype).double().T) if fused else w @ a.T
+    expected = (w.square().sum(1) + 2 * (b * P).sum(1) + (b @ a).square().sum(1)).sqrt()
     torch.testing.assert_close(norm.double(), expected, rtol=2e-6, atol=0)
+    exact, size = (w + b @ a).norm(dim=1), w.norm(dim=1) + (b.abs() @ a.abs()).norm(dim=1)
+    eps = torch.finfo(dtype).eps / 2 if fused else columns * 2**-25
+    assert ((norm.double().square() - exact.square()).abs() <= eps * size.square()).all()
 
 
 @pytest.mark.parametrize("n", [1, 7, 24])

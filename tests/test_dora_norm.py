@@ -117,8 +117,8 @@ def test_opcheck():
     W, A, B = torch.randn(16, 64), torch.randn(4, 64), torch.randn(16, 4)
     base = (W, None, None, None, 64)
     w2 = ops.squared_row_norms(*base, 16, 64)
-    torch.library.opcheck(ops.dora_norm, (*base, A, B, w2, 0.5))
-    assert not torch.isnan(ops.dora_norm(*base, A[:0], B[:, :0], w2, 0.5)).any()
+    torch.library.opcheck(ops.dora_norm, (*base, A, B, w2, 0.5, torch.float32))
+    assert not torch.isnan(ops.dora_norm(*base, A[:0], B[:, :0], w2, 0.5, torch.float32)).any()
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_bad_arguments_are_named(change, message):
     tensors = {"weight": torch.zeros(16, 64), "A": torch.zeros(4, 64), "B": torch.zeros(16, 4), "w2": torch.zeros(16)}
     t = {**tensors, "w2": tensors["w2"].double(), **change}
     with pytest.raises(RuntimeError, match=message):
-        ops.dora_norm(t["weight"], None, None, None, 64, t["A"], t["B"], t["w2"], 1.0)
+        ops.dora_norm(t["weight"], None, None, None, 64, t["A"], t["B"], t["w2"], 1.0, torch.float32)

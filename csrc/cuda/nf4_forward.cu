@@ -275,7 +275,8 @@ class TileStore {
       : args_(args),
         column_(tile.column() + thread / 32 * kWarpColumns + 4 * (thread % 32 / 4)),
         row_(tile.row() + 2 * (thread % 4)),
-        y_aligned_(quads_aligned<T>(args.y, args.weight.out * sizeof(T))),
+        y_aligned_(args.y_dtype == DType::f32 ? quads_aligned<float>(args.y, args.weight.out * sizeof(float))
+                                              : quads_aligned<T>(args.y, args.weight.out * sizeof(T))),
         z_aligned_(quads_aligned<T>(args.z, args.weight.out * sizeof(T))) {
     if (args.out_scale)
       load_quad(args.out_scale + column_, valid(), quads_aligned<float>(args.out_scale, 0), out_scale_);
@@ -295,7 +296,11 @@ class TileStore {
         if (args_.out_scale) v[q] = __fmul_rn(v[q], out_scale_[q]);
         if (args_.bias) v[q] = __fadd_rn(v[q], bias_[q]);
       }
-      store_quad(static_cast<T*>(args_.y) + index, valid(), y_aligned_, v);
+      if (args_.y_dtype == DType::f32) {
+        store_quad(static_cast<float*>(args_.y) + index, valid(), y_aligned_, v);
+      } else {
+        store_quad(static_cast<T*>(args_.y) + index, valid(), y_aligned_, v);
+      }
     }
   }
 
@@ -531,9 +536,9 @@ static cudaError_t launch_rows(const Nf4Forward& args, int block_size_log2, cuda
 cudaError_t launch_nf4_forward(const Nf4Forward& args, cudaStream_t stream) {
   const Nf4Matrix& w = args.weight;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (args.x_dtype == DType::f32 || w.in % kForwardDepth || w.in > kMaxIn || args.splits > kMaxSplits ||
-      !valid_block_size(w.block_size) || args.splits < 1 || !aligned(args.x) || !aligned(w.packed) ||
-      (args.splits > 1 && !args.workspace)) {
+  const bool dtypes = args.x_dtype != DType::f32 && (args.y_dtype == args.x_dtype || args.y_dtype == DType::f32);
+  if (!dtypes || w.in % kForwardDepth || w.in > kMaxIn || args.splits > kMaxSplits || !valid_block_size(w.block_size) ||
+      args.splits < 1 || !aligned(args.x) || !aligned(w.packed) || (args.splits > 1 && !args.workspace)) {
     return cudaErrorInvalidValue;
   }
   if (args.rows == 0 || w.out == 0) return cudaSuccess;

@@ -63,9 +63,10 @@ struct FusedWeight {
   }
 };
 
-inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p) {
+// y_dtype: that of x, or float32
+inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p, ScalarType y_dtype) {
   const Terms& t = p.terms;
-  Tensor y = empty(p.x, {p.rows(), t.out}, p.x.scalar_type());
+  Tensor y = empty(p.x, {p.rows(), t.out}, y_dtype);
   const FusedWeight weight(t);
   const OptionalTensor b = p.u ? OptionalTensor(dense(*t.B)) : std::nullopt;
   const OptionalTensor out_scale = float_vector(t.out_scale), bias = float_vector(p.bias);
@@ -81,6 +82,7 @@ inline Tensor fused_forward(const CudaBackend& backend, const ForwardProduct& p)
                   .bias = const_floats(bias),
                   .z = p.z ? p.z->mutable_data_ptr() : nullptr,
                   .y = y.mutable_data_ptr(),
+                  .y_dtype = dtype_of(y, "y"),
                   .splits = nf4_forward_splits(p.rows(), t.out, t.in, cuda_attribute(cudaDevAttrMultiProcessorCount)),
                   .workspace = nullptr,
                   .overlap = p.u && !weight.copied};  // what makes u comes after what made x
@@ -113,7 +115,8 @@ inline Tensor fused_gradient(const CudaBackend& backend, const GradientProduct& 
 // ---- the tables
 
 inline constexpr Way<CudaBackend, ForwardProduct> kCudaForward[] = {
-    {"nf4_fused", [](const ForwardProduct& p) { return can_fuse(p.terms, p.x); }, fused_forward,
+    {"nf4_fused", [](const ForwardProduct& p) { return can_fuse(p.terms, p.x); },
+     [](const CudaBackend& backend, const ForwardProduct& p) { return fused_forward(backend, p, p.x.scalar_type()); },
      [](const ForwardProduct& p) { return fused_pays(p.rows()); }},
     kLibraryAccumulateForward<CudaBackend>,
     kLibraryForward<CudaBackend>,

@@ -38,11 +38,12 @@ def nf4_weight(problem: Problem, out: int, columns: int, block_size: int, nested
 
 def _nf4_forward(
     rows, out, columns, rank=0, x=BF16, factor=F32, block_size=64, nested=False, out_scale=False, bias=False, z=False,
-    splits=1, identity=False, misaligned=0,
+    splits=1, identity=False, misaligned=0, y=None,
 ) -> Problem:  # fmt: skip
-    """identity: x is one, so y is the weight, bit for bit that of dequantize_nf4. misaligned: y, z, u, F, out_scale and
-    bias begin so many elements after an aligned address."""
+    """identity: x is one, so y is the weight, bit for bit that of dequantize_nf4. y: its dtype, if not that of x.
+    misaligned: y, z, u, F, out_scale and bias begin so many elements after an aligned address."""
     problem, dtype, alpha = Problem(), TORCH_DTYPE[x], 0.75
+    y_dtype = x if y is None else y
     values = torch.eye(rows, columns).to(dtype) if identity else random(rows, columns, dtype=x)
     u, f = random(rows, rank), random(out, rank, dtype=factor)
     scale, shift = random(out), random(out)
@@ -54,7 +55,7 @@ def _nf4_forward(
         out_scale=problem.place("out_scale", scale, misaligned) if out_scale else None,
         bias=problem.place("bias", shift, misaligned) if bias else None,
         z=problem.reserve("z", rows * out, dtype, misaligned) if z else None,
-        y=problem.reserve("y", rows * out, dtype, misaligned), splits=splits,
+        y=problem.reserve("y", rows * out, TORCH_DTYPE[y_dtype], misaligned), y_dtype=y_dtype, splits=splits,
     )  # fmt: skip
     if args.workspace_size():
         args.workspace = problem.reserve("workspace", args.workspace_size())
@@ -72,7 +73,7 @@ def _nf4_forward(
             expected, magnitude = expected * scale, magnitude * scale.abs()
         if bias:
             expected, magnitude = expected + shift, magnitude + shift.abs()
-        assert_sums(problem.result("y", dtype, rows, out), expected, magnitude, "nf4_forward y")
+        assert_sums(problem.result("y", TORCH_DTYPE[y_dtype], rows, out), expected, magnitude, "nf4_forward y")
 
     problem.check = check
     return problem
@@ -124,6 +125,10 @@ def gemm_cases() -> Iterator[tuple[str, dict]]:
     everything = dict(rank=8, out_scale=True, bias=True, z=True)
     yield "nf4_forward", dict(rows=20, out=64, columns=128, **everything, splits=2, misaligned=1)
     yield "nf4_forward", dict(rows=20, out=64, columns=128, **everything, factor=BF16, misaligned=2)
+    # y in float32: of one block, of several, of a cluster and of several
+    for rows, splits in ((7, 1), (9, 1), (30, 3), (70, 2), (130, 4), (5, 16)):
+        yield "nf4_forward", dict(rows=rows, out=132, columns=1024, x=BF16, y=F32, splits=splits, nested=rows > 9)
+    yield "nf4_forward", dict(rows=5, out=61, columns=64, x=F16, y=F32, **everything, misaligned=1)
     # nothing to do
     yield "nf4_forward", dict(rows=0, out=64, columns=64, rank=8)
     yield "nf4_forward", dict(rows=4, out=0, columns=64)

@@ -195,12 +195,12 @@ class Nf4Forward(ctypes.Structure):
     _fields_ = [
         ("x", c_void_p), ("x_dtype", c_int32), ("rows", c_int64), ("weight", Nf4Matrix), ("u", c_void_p),
         ("rank", c_int64), ("factor", Factor), ("alpha", c_float), ("out_scale", c_void_p), ("bias", c_void_p),
-        ("z", c_void_p), ("y", c_void_p), ("splits", c_int64), ("workspace", c_void_p), ("overlap", c_bool),
+        ("z", c_void_p), ("y", c_void_p), ("y_dtype", c_int32), ("splits", c_int64), ("workspace", c_void_p),
+        ("overlap", c_bool),
     ]  # fmt: skip
 
     def operands(self) -> Iterator[Operand]:
         out = self.weight.out
-        matrix = self.rows * out * size_of(self.x_dtype)
         yield from self.weight.operands()
         yield Operand("x", self.rows * getattr(self.weight, "in") * size_of(self.x_dtype), READ)
         yield Operand("u", self.rows * self.rank * 4, READ)
@@ -208,8 +208,8 @@ class Nf4Forward(ctypes.Structure):
         yield Operand("out_scale", out * 4, READ)
         yield Operand("bias", out * 4, READ)
         yield Operand("workspace", self.workspace_size() * 4, WORKSPACE)
-        yield Operand("z", matrix, WRITE)
-        yield Operand("y", matrix, WRITE)
+        yield Operand("z", self.rows * out * size_of(self.x_dtype), WRITE)
+        yield Operand("y", self.rows * out * size_of(self.y_dtype), WRITE)
 
     def workspace_size(self) -> int:
         """nf4_forward_workspace: whole tiles, and of one of 8 rows pairs of rows."""
