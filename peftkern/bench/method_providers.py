@@ -279,7 +279,11 @@ def orthogonality(case: Case) -> Work:
 
 
 def svd(case: Case) -> Work:
-    cores = _normal(case, case.layers, case.r, case.r, seed=1, dtype="float64")
+    A, B = (
+        _normal(case, case.layers, n, case.r, seed=seed, dtype="float64")
+        for seed, n in ((1, case.in_features), (2, case.out_features))
+    )
+    cores = torch.linalg.qr(B @ torch.linalg.qr(A).R.mT).R
     expected = torch.linalg.svdvals(cores)
     # singular values and left vectors by Golub and Reinsch (Golub and Van Loan, Matrix Computations, table 8.6.1)
     work = Work(flops=12.0 * case.layers * case.r**3, nbytes=2.0 * cores.nbytes + expected.nbytes)

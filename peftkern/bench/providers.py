@@ -72,7 +72,9 @@ def close(expected: Tensor, tolerance: float) -> Callable[[object], None]:
         assert isinstance(result, Tensor)
         if result.shape != expected.shape:
             raise WrongResult(f"shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
-        error = (result.float() - expected.float()).abs().max().item() / max(expected.float().abs().max().item(), 1e-30)
+        dtype = torch.promote_types(expected.dtype, torch.float32)
+        largest = max(expected.abs().max().item(), 1e-30)
+        error = (result.to(dtype) - expected.to(dtype)).abs().max().item() / largest
         if not error <= tolerance:
             raise WrongResult(f"off by {error:.1e} of the largest element, allowed {tolerance:.0e}")
 
