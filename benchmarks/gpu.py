@@ -3,10 +3,11 @@
 
     python benchmarks/gpu.py --json runs/gpu.json --plot runs/gpu
 
-1. The tests' samples: every op, forward and gradient, against the float64 reference; NF4 bit for bit.
-2. `peftkern bench` on the GPU: every op and every peer that is installed, timed between events of the stream, in turn,
-   on rotating buffers larger than L2; ratios to each peer, and to the roofline of a copy and of the library's products
-   measured in the same run.
+1. The tests' samples: every op, and its gradient where it has one, against the float64 reference; NF4 and masks bit
+   for bit.
+2. `peftkern bench` on the GPU, suites `targets` and `ops`: every op and every peer that is installed, timed between
+   events of the stream, in turn; ratios to each peer, and to the roofline of a copy and of the library's products
+   measured in the same run. Weights of which a call is a pass rotate over more than L2.
 
 Exit codes: 0 done, 1 a check failed (then nothing is timed), 2 there is no GPU or no CUDA kernel in this build.
 `--device cpu` does all of it on the CPU, with the clock instead of events, and says so: it shows that this file works.
@@ -18,12 +19,12 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
 
-import peftkern
-from peftkern import reference
 from peftkern.bench import plots, report
 from peftkern.bench.cases import SUITES, select
 from peftkern.bench.cli import run_case
@@ -31,6 +32,10 @@ from peftkern.bench.measure import ceilings
 from peftkern.ops.library import ops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import test_dora_norm as dora
+import test_jacobi_svd as svd
+import test_nf4 as nf4
+import test_rank_allocation as allocation
 from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from samples import NF4_SAMPLES, SAMPLES
@@ -64,22 +69,37 @@ def check_call(sample, device: str) -> None:
         assert_close(t.grad, leaves[name].grad, coarser, f"d{name}", slack=2.0)
 
 
-def check_nf4(sample, device: str) -> None:
-    w = sample.make(device)
-    q = peftkern.quantize_nf4(w, sample.block_size, sample.double_quant)
-    packed, absmax = reference.quantize_nf4(w.cpu(), sample.block_size)
-    assert torch.equal(q.packed.reshape(-1).cpu(), packed), "packed"
-    if not sample.double_quant:
-        assert torch.equal(q.absmax.cpu(), absmax), "absmax"
-    expected = reference.dequantize_nf4(packed, q.float_absmax().cpu(), sample.block_size, w.shape, w.dtype)
-    assert torch.equal(peftkern.dequantize_nf4(q).cpu(), expected), "dequantized"
-
-
-def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def checks(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The samples of the layers by check_call, those of the other ops by the tests themselves."""
     for sample in (*SAMPLES, *MULTI_SAMPLES):
-        yield str(sample), lambda sample=sample: check_call(sample, device)
+        yield str(sample), partial(check_call, sample, device)
+
+    def test(function: Callable[..., None], *values: object, **options: object) -> tuple[str, Callable[[], object]]:
+        said = ", ".join(map(str, (*values, *options.values())))
+        fixtures = {"device": device, "isa": None}  # None: the one that this machine takes
+        options |= {name: value for name, value in fixtures.items() if name in signature(function).parameters}
+        return f"{function.__name__}({said})", partial(function, *values, **options)
+
     for sample in NF4_SAMPLES:
-        yield str(sample), lambda sample=sample: check_nf4(sample, device)
+        yield test(nf4.test_quantize_equals_definition, sample)
+        yield test(nf4.test_dequantize_equals_definition, sample, sample.dtype)
+    for quantized in (False, True):
+        for dtype in dora.DTYPES:
+            for shape in dora.SHAPES:
+                yield test(dora.test_equals_the_norm_of_the_whole_matrix, *shape, dtype, quantized)
+    for double_quant in (None, False, True):
+        yield test(dora.test_squared_row_norms, 37, double_quant)
+    for dtype in allocation.DTYPES:
+        yield test(allocation.test_importance_matches_the_reference, dtype=dtype)
+        for tabled in (False, True):
+            yield test(allocation.test_mask_ranks, dtype=dtype, tabled=tabled)
+        for squared in (False, True):
+            yield test(allocation.test_orthogonality_matches_the_reference, dtype=dtype, squared=squared)
+    for name in allocation.SCORES:
+        for exact in (False, True):
+            yield test(allocation.test_rank_mask_matches_the_reference, name=name, exact=exact)
+    for n in (1, 9, 33, 64, 100):
+        yield test(svd.test_agrees_with_lapack, n)
 
 
 def failures(device: str) -> tuple[int, dict[str, str]]:
@@ -110,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.checks_only:
         return 0
 
-    cases = [replace(case, device=args.device) for case in select(args.suite or ["targets"], args.only)]
+    cases = [replace(case, device=args.device) for case in select(args.suite or ["targets", "ops"], args.only)]
     limits = ceilings(tuple(dict.fromkeys(case.dtype for case in cases)), device=args.device)
     env = report.environment(limits, args.device)
     peaks = ", ".join(f"{dtype} {peak / 1e12:.2f} TFLOP/s" for dtype, peak in limits.flops_per_second.items())
@@ -133,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--suite", action="append", choices=SUITES, help="which cases (default: targets)")
+    parser.add_argument("--suite", action="append", choices=SUITES, help="which cases (default: targets and ops)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose name or 'model layer' matches")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each case (default: %(default)s)")
     parser.add_argument("--checks-only", action="store_true", help="time nothing")

@@ -214,4 +214,30 @@ std::vector<Tensor> adapted_linear_backward(const Tensor& grad, const OptionalTe
   return gradients;
 }
 
+// The ways {forward, gradient} of x [rows, in] and grad [rows, out], of which nothing is read, where nothing is timed.
+template <class Backend>
+std::vector<std::string> product_ways(const Tensor& x, const Tensor& grad, const Tensor& weight,
+                                      const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+                                      const OptionalTensor& offset, int64_t block_size, const OptionalTensor& A,
+                                      const OptionalTensor& B, const OptionalTensor& lam,
+                                      const OptionalTensor& out_scale) {
+  Terms t{weight,
+          nf4_scales(absmax, nested_absmax, offset),
+          block_size,
+          x.size(1),
+          grad.size(1),
+          0,
+          A,
+          B,
+          lam,
+          out_scale,
+          1.0,
+          {}};
+  t.check(x, "x", 0.0, std::nullopt);
+  const Backend backend(x);                            // whose device is the current one from here on
+  const OptionalTensor u = t.rank ? A : std::nullopt;  // whether there is one is all that counts
+  return {way_by_rule<Backend>(ForwardProduct{t, x, u, std::nullopt, std::nullopt}).name,
+          way_by_rule<Backend>(GradientProduct{t, grad, u}).name};
+}
+
 }  // namespace peftkern

@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(peftkern, m) {
       "int in_features, Tensor? h, Tensor? z, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale, float scaling, "
       "float dropout_p, Tensor? seed, int needs) "
       "-> Tensor[]");
+  m.def(
+      "product_ways(Tensor x, Tensor grad, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, "
+      "int block_size, Tensor? A, Tensor? B, Tensor? lam, Tensor? out_scale) -> str[]");
   // multi_lora
   m.def("multi_lora_plan(Tensor adapter_index, int rows, int adapters) -> Tensor");
   m.def(

@@ -107,20 +107,25 @@ const Way<Backend, Product>* timed_way(const Backend& backend, const Product& pr
   return timed_way(backend, product);
 }
 
-// The way that set_product() forces, else the fastest if peftkern.autotune is on, else the first row that accepts and
-// pays.
+// The way that set_product() forces, or the first row that accepts and pays.
 template <class Backend, class Product>
-const Way<Backend, Product>& chosen_way(const Backend& backend, const Product& product) {
+const Way<Backend, Product>& way_by_rule(const Product& product) {
   const std::string forced = forced_product(direction(product));
-  if (forced.empty() && autotune_on()) {
-    if (const auto* way = timed_way(backend, product)) return *way;
-  }
   for (const auto& way : ways<Backend, Product>()) {
     if (forced.empty() ? way.pays && !way.pays(product) : forced != way.name) continue;
     if (way.accepts(product)) return way;
   }
   fail(direction(product), " product: \"", forced, "\" is forced and takes no ", product.rows(),
        " rows of this weight");
+}
+
+// The way that set_product() forces, else the fastest if peftkern.autotune is on, else by the rule.
+template <class Backend, class Product>
+const Way<Backend, Product>& chosen_way(const Backend& backend, const Product& product) {
+  if (autotune_on() && forced_product(direction(product)).empty()) {
+    if (const auto* way = timed_way(backend, product)) return *way;
+  }
+  return way_by_rule<Backend>(product);
 }
 
 template <class Backend, class Product>

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import platform
+from bisect import bisect_left
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
@@ -11,10 +13,14 @@ from torch import nn
 
 from .autotune import timed_products
 from .modules import AdaptedLinear, BaseWeight, LoRAEmbedding
+from .ops.adapted_linear import base_arguments
 from .ops.library import ops
 from .patch import explain_allocator, explain_layer, is_peft_layer
 
+_product_ways = ops.product_ways.default
+
 PEERS = ("transformers", "peft", "bitsandbytes")
+MOST_ROWS = 1 << 20  # explain() looks no further
 
 
 def cpu_isa() -> str:
@@ -70,7 +76,8 @@ def _version(package: str) -> str:
 
 def explain(module: nn.Module) -> str:
     """Which path a call of module takes and why: a line for each way its layers work, with how many and one example; HF
-    PEFT's layers included, patched or not.
+    PEFT's layers included, patched or not. The ways to make the products with a weight, and up to how many rows each is
+    taken on the weight's device, go by the names and the rules of csrc/products.h.
 
     >>> from peftkern import LoRALinear
     >>> print(explain(LoRALinear(64, 32)))  # doctest: +ELLIPSIS
@@ -115,33 +122,61 @@ def _timed(module: nn.Module) -> list[str]:
 
 
 def _path(layer: BaseWeight) -> str:
-    device = layer.weight.device.type
-    if device == "cpu":
-        kernels = f"CPU kernels ({cpu_isa()})"
-    elif device == "cuda":
-        kernels = "CUDA kernels" if ops.cuda_archs() else "none: CUDA kernels were not compiled in, the call will fail"
-    else:
-        kernels = f"none: there is no backend for {device}, the call will fail"
-    if layer.nf4_config is None:
-        dtype = str(layer.weight.dtype).removeprefix("torch.")
-        base = f"dense {dtype} weight, library product; activations of another dtype have the weight cast each call"
-    else:
-        scales = "8-bit absmax" if layer.nf4_config.double_quant else "float32 absmax"
-        base = (
-            f"NF4 weight (blocks of {layer.nf4_config.block_size}, {scales}) dequantized to the dtype of the "
-            "activations each call, then the library product"
-        )
-        if device == "cpu" and layer.in_features % layer.nf4_config.block_size == 0:
-            base += "; a few rows: looked up inside a product of our own instead"
     if isinstance(layer, LoRAEmbedding):
-        parts = [f"rows of a dense {dtype} weight looked up by torch"]
+        parts = [f"rows of a dense {_name(layer.weight.dtype)} weight looked up by torch"]
         if not layer.merged:
             parts.append(f"rank-{layer.r} rows of the adapter looked up, and multiplied, by torch")
         return "; ".join(parts)
+    device = layer.weight.device.type
+    runs = device == "cpu" or (device == "cuda" and bool(ops.cuda_archs()))
+    if device == "cpu":
+        kernels = f"CPU kernels ({cpu_isa()})"
+    elif device == "cuda":
+        kernels = "CUDA kernels" if runs else "none: CUDA kernels were not compiled in, the call will fail"
+    else:
+        kernels = f"none: there is no backend for {device}, the call will fail"
+    if layer.nf4_config is None:
+        base = f"dense {_name(layer.weight.dtype)} weight, cast each call for activations of another dtype"
+    else:
+        scales = "8-bit absmax" if layer.nf4_config.double_quant else "float32 absmax"
+        base = f"NF4 weight (blocks of {layer.nf4_config.block_size}, {scales}), dequantized each call except by nf4_*"
     parts = [kernels, base]
+    if runs:
+        parts.append(_products(layer))
     if isinstance(layer, AdaptedLinear):
         parts.append(_adapter_path(layer))
     return "; ".join(parts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _products(layer: BaseWeight) -> str:
+    """The ways of both products, by the number of rows."""
+    terms = layer.terms() if isinstance(layer, AdaptedLinear) and not layer.merged else {}
+    adapter = [terms.get(name) for name in ("A", "B", "lam", "out_scale")]
+    weight, device = layer.base_weight(), layer.weight.device
+    x, grad = (torch.empty(1, n, dtype=weight.dtype, device=device) for n in (layer.in_features, layer.out_features))
+    *base, _ = base_arguments(x, weight)
+
+    def ways(rows: int) -> list[str]:
+        return _product_ways(x.expand(rows, -1), grad.expand(rows, -1), *base, *adapter)
+
+    forward, gradient = (_by_rows(lambda rows, i=i: ways(rows)[i]) for i in (0, 1))
+    return f"{_name(weight.dtype)} activations: " + (
+        f"forward and gradient {forward}" if forward == gradient else f"forward {forward}, gradient {gradient}"
+    )
+
+
+def _by_rows(way_of: Callable[[int], str]) -> str:
+    """ "a up to 8 rows, then b" of the way for a number of rows; no way comes back after another."""
+    found, rows = [], 1
+    while rows <= MOST_ROWS:
+        way = way_of(rows)
+        rows += bisect_left(range(rows, MOST_ROWS + 1), True, key=lambda n, way=way: way_of(n) != way)
+        found.append(f"{way} up to {rows - 1} rows" if rows <= MOST_ROWS else way)
+    return ", then ".join(found)
 
 
 def _adapter_path(layer: AdaptedLinear) -> str:
@@ -151,8 +186,7 @@ def _adapter_path(layer: AdaptedLinear) -> str:
     a = terms["A"]
     if a is None:
         return "no low-rank part"
-    dtype = str(a.dtype).removeprefix("torch.")
-    text = f"fused rank-{a.shape[0]} kernels on {dtype} adapters, float32 sums, no cast pass"
+    text = f"fused rank-{a.shape[0]} kernels on {_name(a.dtype)} adapters, float32 sums, no cast pass"
     if terms.get("out_scale") is not None:
         text += "; DoRA: the norms of the adapted rows made each call, without that matrix"
         if terms.get("dropout_p"):

@@ -124,6 +124,22 @@ def test_many_adapters(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 40])
+def test_many_adapters_forward_and_backward(rows):
+    """The plan is made inside of the graph, too: which rows a gradient sums changes with the index."""
+    x, _, _, g, q = layer(rows)
+    A, B, index, seed = torch.randn(3, 8, 320), torch.randn(3, 136, 8), torch.zeros(rows).long(), torch.tensor(7)
+    leaves = [x, A, B]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step():
+        y = peftkern.multi_lora_linear(x, q, A, B, index, scaling=0.5, dropout_p=0.2, seed=seed)
+        return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+    assert_replays(step, [*leaves, g, index, seed], [q.packed, q.absmax])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
 def test_a_wait_that_is_missing_is_noticed_in_a_replay(rows):
     x, A, B, _, q = layer(rows)
     with pytest.raises(KernelFault, match=r"nf4_forward_kernel[\s\S]*(before|no)_grid_wait"):

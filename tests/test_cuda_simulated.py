@@ -17,7 +17,7 @@ import torch
 from conftest import assert_close
 from multi_samples import MULTI_SAMPLES
 from ptxsim import cudart
-from ptxsim.cudart import Device, Recorder, autotune_on, capture, faulty_launchers, package_on
+from ptxsim.cudart import Device, HostMemory, Recorder, autotune_on, capture, faulty_launchers, package_on
 from ptxsim.ops import (
     BF16,
     F16,
@@ -361,6 +361,27 @@ def test_autotune_times_on_the_stream_but_not_in_a_graph():
         launches[when] = len(device.launched)
         assert_close(y, x.double() @ peftkern.dequantize_nf4(q, torch.bfloat16).double().T, torch.bfloat16, when)
     assert launches["captured"] == launches["remembered"] == 1 and launches["timed"] >= 9
+
+
+@pytest.mark.parametrize(("arch", "most"), [("sm_80", 1536), ("sm_90", 1024), ("sm_100", 256)])
+def test_explain_says_what_is_launched(arch, most):
+    """The fused kernels up to so many rows, the library beyond; not of fp32, nor where a row is no whole chunks."""
+    layer = peftkern.QLoRALinear(64, 48, r=4, bias=False, dtype=torch.bfloat16)
+    odd, full = peftkern.NF4Linear(64, 42, dtype=torch.bfloat16), peftkern.NF4Linear(64, 48, dtype=torch.float32)
+    device = Recorder(arch=arch)
+    device.host_memory = HostMemory()
+    with package_on(device, list(layer.parameters())):
+        fused = f"bfloat16 activations: forward and gradient nf4_fused up to {most} rows, then library_accumulate;"
+        assert fused in peftkern.explain(layer)
+        forward = f"bfloat16 activations: forward nf4_fused up to {most} rows, then library, gradient library"
+        assert forward in peftkern.explain(odd)
+        assert "float32 activations: forward and gradient library" in peftkern.explain(full)
+        assert not device.launched, "nothing runs to explain a layer"
+        for rows in (1, most, most + 1):
+            device.launched.clear()
+            layer(torch.zeros(rows, 64).bfloat16().requires_grad_()).sum().backward()
+            for kernel in ("nf4_forward_kernel", "nf4_gradient_kernel"):
+                assert any(kernel in name for name, *_ in device.launched) == (rows <= most), (kernel, rows)
 
 
 @pytest.mark.parametrize("sample", MULTI_SAMPLES, ids=str)

@@ -16,12 +16,16 @@ def exact(weight, A, B, scaling):
     return (dense.double() + scaling * B.double() @ A.double()).norm(dim=1)
 
 
+SHAPES = [(300, 192, 8), (17, 96, 1), (64, 64, 128), (5, 7, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 @pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("out", "columns", "r"), [(300, 192, 8), (17, 96, 1), (64, 64, 128), (5, 7, 3)])
-def test_equals_the_norm_of_the_whole_matrix(out, columns, r, dtype, nf4, isa):
-    W = torch.randn(out, columns).to(dtype)
-    A, B = torch.randn(r, columns).to(dtype), torch.randn(out, r).to(dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "columns", "r"), SHAPES)
+def test_equals_the_norm_of_the_whole_matrix(out, columns, r, dtype, nf4, device, isa):
+    W = torch.randn(out, columns).to(device, dtype)
+    A, B = (torch.randn(shape).to(device, dtype) for shape in ((r, columns), (out, r)))
     weight = peftkern.quantize_nf4(W) if nf4 else W
     norm = dora_norm(weight, A, B, 0.7)
     assert norm.dtype == torch.float32 and not norm.requires_grad
@@ -102,15 +106,27 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("columns", [64, 37, 96])
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_squared_row_norms(columns, double_quant, isa):
-    """NF4 rows that begin inside of a block and of a byte, an odd number of weights; empty weights."""
-    for q in (peftkern.quantize_nf4(torch.randn(rows, columns), 32, double_quant) for rows in (9, 0)):
-        arguments = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size, *q.shape)
-        expected = peftkern.dequantize_nf4(q, torch.float32).double().square().sum(1)
+@pytest.mark.parametrize("double_quant", [None, False, True])
+def test_squared_row_norms(columns, double_quant, device, isa):
+    """NF4 rows that begin inside of a block and of a byte, an odd number of weights; dense, None; empty weights."""
+    for rows in (9, 0):
+        W = torch.randn(rows, columns).to(device)
+        arguments, dense = (W, None, None, None, 32, rows, columns), W
+        if double_quant is not None:
+            q = peftkern.quantize_nf4(W, 32, double_quant)
+            arguments = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size, *q.shape)
+            dense = peftkern.dequantize_nf4(q, torch.float32)
+        expected = dense.double().square().sum(1)
         torch.testing.assert_close(ops.squared_row_norms(*arguments), expected, rtol=1e-6, atol=0)
-        torch.library.opcheck(ops.squared_row_norms, arguments)
-    assert not ops.squared_row_norms(torch.empty(3, 0), None, None, None, 64, 3, 0).any()
+    assert not ops.squared_row_norms(torch.empty(3, 0, device=device), None, None, None, 64, 3, 0).any()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("rows", [9, 0])
+def test_opcheck_squared_row_norms(rows, double_quant):
+    q = peftkern.quantize_nf4(torch.randn(rows, 37), 32, double_quant)
+    arguments = (q.packed, q.absmax, q.nested_absmax, q.offset, q.block_size, *q.shape)
+    torch.library.opcheck(ops.squared_row_norms, arguments)
 
 
 def test_opcheck():

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_dora_norm
+import test_jacobi_svd
+import test_rank_allocation
 import torch
 
 import peftkern
+from peftkern.bench.cases import OPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,33 +35,71 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and done.stderr.startswith("error: no GPU") and not done.stdout
 
 
-def test_all_of_it_on_the_cpu(tmp_path, monkeypatch, capsys):
+TIMED = ["nf4_forward", "masked_ranks", "svd"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script with a few samples of each list, and the cases that it chooses, small."""
+    module = script("gpu")
+    for name, most in (("SAMPLES", 6), ("MULTI_SAMPLES", 3), ("NF4_SAMPLES", 4)):
+        monkeypatch.setattr(module, name, getattr(module, name)[:most])
+    monkeypatch.setattr(module, "ceilings", lambda dtypes, device: module.report.Ceilings(1e9, {"bfloat16": 1e9}))
+
+    def small(suites, pattern):
+        chosen = {c.op: c for c in select(suites, pattern)}
+        assert set(chosen) == set(OPS), "every op is timed; here three, as tests/test_bench.py runs them all"
+        sizes = {"in_features": 128, "out_features": 64, "rows": 4}
+        return [replace(chosen[op], **sizes, layers=min(chosen[op].layers, 3)) for op in TIMED]
+
+    select = module.select
+    monkeypatch.setattr(module, "select", small)
+    return module
+
+
+def test_all_of_it_on_the_cpu(gpu, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    gpu = script("gpu")
-    monkeypatch.setattr(gpu, "SAMPLES", gpu.SAMPLES[:6])
-    monkeypatch.setattr(gpu, "MULTI_SAMPLES", gpu.MULTI_SAMPLES[:3])
-    monkeypatch.setattr(gpu, "NF4_SAMPLES", gpu.NF4_SAMPLES[:4])
-    monkeypatch.setattr(gpu, "ceilings", lambda dtypes, device: gpu.report.Ceilings(1e9, {"bfloat16": 1e9}))
-    command = ["gpu.py", "--device", "cpu", "--suite", "quick", "--only", "nf4_forward M=1 *", "--seconds", "0.01"]
-    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "gpu.json"), "--plot", str(tmp_path)])
+    command = ["gpu.py", "--device", "cpu", "--seconds", "0.01", "--json", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr(sys, "argv", [*command, "--plot", str(tmp_path)])
     assert gpu.main() == 0
     out = capsys.readouterr().out
-    assert out.startswith("CPU: no figure below is of a GPU") and "13 of 13 checks passed" in out
-    (result,) = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert result["case"]["device"] == "cpu" and "dense F.linear" in result["ratios"]
+    count = len(list(gpu.checks("cpu")))
+    assert out.startswith("CPU: no figure below is of a GPU") and f"{count} of {count} checks passed" in out
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert [result["case"]["op"] for result in results] == TIMED
+    assert all(result["case"]["device"] == "cpu" and result["ratios"] for result in results)
     assert (tmp_path / "bench.html").exists()
 
 
-def test_nothing_is_timed_where_a_result_is_wrong(monkeypatch, capsys):
-    gpu = script("gpu")
+OTHER_OPS = {  # beside the layers and NF4: where the tests of each find it
+    "dora_norm": test_dora_norm,
+    "update_importance": test_rank_allocation,
+    "rank_mask": test_rank_allocation,
+    "mask_ranks": test_rank_allocation,
+    "orthogonality_penalty": test_rank_allocation,
+    "jacobi_svd": test_jacobi_svd,
+}
+
+
+@pytest.mark.parametrize("op", OTHER_OPS)
+def test_every_op_is_checked(op, gpu, monkeypatch):
+    def wrong(*args, **kwargs):
+        raise RuntimeError("wrong")
+
+    for name in ("SAMPLES", "MULTI_SAMPLES", "NF4_SAMPLES"):
+        monkeypatch.setattr(gpu, name, [])
+    monkeypatch.setattr(OTHER_OPS[op], op, wrong)
+    count, failed = gpu.failures("cpu")
+    assert 3 <= len(failed) < count and set(failed.values()) == {"RuntimeError: wrong"}
+
+
+def test_nothing_is_timed_where_a_result_is_wrong(gpu, monkeypatch, capsys):
     forward = peftkern.adapted_linear
     monkeypatch.setattr(peftkern, "adapted_linear", lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
-    for name in ("SAMPLES", "MULTI_SAMPLES", "NF4_SAMPLES"):
-        monkeypatch.setattr(gpu, name, getattr(gpu, name)[:1])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
     assert gpu.main() == 1
     out = capsys.readouterr().out
-    assert "2 of 3 checks passed" in out and "FAILED 32x64x48" in out and "roofline" not in out
+    assert "FAILED 32x64x48" in out and out.count("FAILED") == 6 and "roofline" not in out
 
 
 def test_samples_move():

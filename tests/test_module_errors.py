@@ -10,6 +10,7 @@ from torch import nn
 
 import peftkern
 from peftkern import LoraConfig, LoRALinear, NF4Config, NF4Linear, QLoRALinear
+from peftkern.ops.library import ops
 
 ADAPTED = pytest.mark.parametrize("cls", [LoRALinear, QLoRALinear])
 LAYERS = pytest.mark.parametrize("cls", [LoRALinear, QLoRALinear, NF4Linear])
@@ -244,6 +245,14 @@ def test_explain_says_which_path_is_taken():
     assert "(e.g. 0)" in lines[0] and "(e.g. 2)" in lines[1] and "(e.g. 4)" in lines[2]
     assert peftkern.explain(nn.ReLU()) == "no layer of peftkern and no nn.Linear"
     assert "no backend for meta" in peftkern.explain(LoRALinear(64, 32, device="meta"))
+
+
+def test_explain_goes_by_the_tables_of_the_products():
+    layer = QLoRALinear(128, 64, r=4, dtype=BF16)
+    assert "bfloat16 activations: forward nf4_few_rows up to " in peftkern.explain(layer)
+    for direction in ("forward", "gradient"):
+        ops.set_product(direction, "library_accumulate")
+    assert "bfloat16 activations: forward and gradient library_accumulate;" in peftkern.explain(layer)
 
 
 def test_qlora_takes_4_13_bits_a_weight():

@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CPU, m) {
   add_product_names<CpuBackend, GradientProduct>("gradient");
   m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CpuBackend>));
   m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CpuBackend>));
+  m.impl("product_ways", TORCH_BOX(&product_ways<CpuBackend>));
 }
 
 }  // namespace peftkern

@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern, CUDA, m) {
   add_product_names<CudaBackend, GradientProduct>("gradient");
   m.impl("adapted_linear", TORCH_BOX(&adapted_linear<CudaBackend>));
   m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward<CudaBackend>));
+  m.impl("product_ways", TORCH_BOX(&product_ways<CudaBackend>));
 }
 
 }  // namespace peftkern

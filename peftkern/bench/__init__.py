@@ -3,6 +3,7 @@
 
 cases.py       what is timed: op, shape, dtype; the suites and the sweeps
 providers.py   who does the work: peftkern, plain torch, HF PEFT, bitsandbytes, torchao; each result is checked
+method_providers.py   the same for the ops of single methods: a bank of adapters, DoRA, AdaLoRA, compression
 measure.py     how it is timed: alternating order, cold buffers, quantiles; the machine's ceilings
 report.py      the table and the JSON
 plots.py       PNG files and one HTML page

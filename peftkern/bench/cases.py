@@ -20,13 +20,17 @@ LAYERS: dict[str, dict[str, tuple[int, int]]] = {
 }
 """(in_features, out_features) of the linear layers, from the models' published configurations."""
 
-OPS = ("quantize", "dequantize", "nf4_forward", "nf4_dx", "lora", "qlora")
+WEIGHT_OPS = ("quantize", "dequantize", "nf4_forward", "nf4_dx", "row_norms", "nf4_row_norms")
+ADAPTER_OPS = ("lora", "qlora", "multi_lora", "dora_norm")
+ALLOCATION_OPS = ("importance", "budget_mask", "masked_ranks", "orthogonality")
+OPS = (*WEIGHT_OPS, *ADAPTER_OPS, *ALLOCATION_OPS, "svd")
 
 
 @dataclass(frozen=True)
 class Case:
     """One line of the table. rows: M, the tokens; r and dropout: of the ops with an adapter; layers: so many after each
-    other; threads: 0 for torch's choice; device: of torch; sweep: the size this case belongs to a sweep of, if any."""
+    other, or in one call; threads: 0 for torch's choice; device: of torch; sweep: the size this case belongs to a sweep
+    of, if any."""
 
     op: str
     model: str
@@ -52,7 +56,7 @@ class Case:
         ]
         if self.rows:
             words.insert(1, f"M={self.rows}")
-        if "lora" in self.op:
+        if self.op not in WEIGHT_OPS:
             words.append(f"r={self.r}")
         if self.layers > 1:
             words.append(f"layers={self.layers}")
@@ -79,8 +83,21 @@ def targets() -> list[Case]:
     return found
 
 
+def single_ops() -> list[Case]:
+    """Every op, on a layer of an 8B model; AdaLoRA's, and the SVD of compress(), on 210 layers in one call."""
+    square = {"model": "Llama-3-8B", "layer": "q_proj"}
+    adapters = {"model": "SmolLM2-135M", "layer": "up_proj", "layers": 210}
+    found = [_at("dequantize", **square), _at("quantize", **square, dtype="float32")]
+    found += [_at("nf4_forward", **square, rows=m) for m in (1, 512)]
+    found += [_at(op, **square, rows=512) for op in ("nf4_dx", "qlora", "multi_lora")]
+    found += [_at("lora", **square, rows=1024)]
+    found += [_at(op, **square) for op in ("row_norms", "nf4_row_norms", "dora_norm")]
+    found += [_at(op, **adapters, r=12, dtype="float32") for op in ALLOCATION_OPS]
+    return [*found, _at("svd", **adapters, dtype="float64")]
+
+
 def quick() -> list[Case]:
-    """A minute: one small case of every op."""
+    """A minute: small cases of a layer with a weight."""
     found = [_at("dequantize", "SmolLM2-135M", "up_proj"), _at("quantize", "SmolLM2-135M", "up_proj", dtype="float32")]
     found += [_at(op, "SmolLM2-135M", "up_proj", rows=m) for op in ("nf4_forward",) for m in (1, 64)]
     found += [_at(op, "SmolLM2-135M", "up_proj", rows=64) for op in ("nf4_dx", "lora", "qlora")]
@@ -117,7 +134,7 @@ def models() -> list[Case]:
     return found
 
 
-SUITES = {"quick": quick, "targets": targets, "sweeps": sweeps, "models": models}
+SUITES = {"quick": quick, "targets": targets, "ops": single_ops, "sweeps": sweeps, "models": models}
 
 
 def select(suites: Iterable[str], pattern: str = "*") -> list[Case]:

@@ -104,7 +104,8 @@ def on_threads(threads: int, call: Callable[[], Any]) -> Any:
 def run_case(case: Case, limits, seconds: float, isas: bool = False):
     """Builds the work, checks every provider's result, then times them. On the number of threads of the case."""
     from .measure import measure
-    from .providers import BUILD, with_every_isa
+    from .method_providers import BUILD
+    from .providers import with_every_isa
     from .report import Result
 
     def run() -> Result:

@@ -72,7 +72,9 @@ def close(expected: Tensor, tolerance: float) -> Callable[[object], None]:
         assert isinstance(result, Tensor)
         if result.shape != expected.shape:
             raise WrongResult(f"shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
-        error = (result.float() - expected.float()).abs().max().item() / max(expected.float().abs().max().item(), 1e-30)
+        dtype = torch.promote_types(expected.dtype, torch.float32)
+        largest = max(expected.abs().max().item(), 1e-30)
+        error = (result.to(dtype) - expected.to(dtype)).abs().max().item() / largest
         if not error <= tolerance:
             raise WrongResult(f"off by {error:.1e} of the largest element, allowed {tolerance:.0e}")
 
@@ -102,13 +104,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _require(package: str) -> None:
+def require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ImportError(f"{package} is not installed")
 
 
 def bitsandbytes():
-    _require("bitsandbytes")
+    require("bitsandbytes")
     with _quiet():
         import bitsandbytes as bnb
         import bitsandbytes.functional
@@ -116,7 +118,7 @@ def bitsandbytes():
 
 
 def torchao_nf4():
-    _require("torchao")
+    require("torchao")
     with _quiet():
         from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
     return nf4_tensor
@@ -322,7 +324,7 @@ class _UnslothLoRA(nn.Module):
 
     def __init__(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        _require("unsloth")
+        require("unsloth")
         with _quiet():
             from unsloth.kernels.fast_lora import LoRA_W
         self.function = LoRA_W
@@ -334,7 +336,7 @@ class _UnslothLoRA(nn.Module):
 
 
 def _peft_layer(base: nn.Module, a: Tensor, b: Tensor, case: Case, adapters_in_fp32: bool) -> nn.Module:
-    _require("peft")
+    require("peft")
     import peft
 
     config = peft.LoraConfig(r=case.r, lora_alpha=2 * case.r, lora_dropout=case.dropout, target_modules=["0"])

@@ -254,8 +254,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrL2CacheSize: return *value = 1 << 20, cudaSuccess;
     case cudaDevAttrMultiProcessorCount: return *value = 4, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: return *value = 9, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: return *value = ptx_version / 10, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: return *value = ptx_version % 10, cudaSuccess;
     default: return record(cudaErrorInvalidValue);
   }
 }
