@@ -379,6 +379,7 @@ def _low_rank_cases():
         yield case("column_sums", rows=65, columns=40, g=g, **wanted, misaligned=1)
     for without in everything:  # pairs
         yield case("column_sums", rows=770, columns=40, g=BF16, **everything | {without: False})
+    yield case("column_sums", rows=1024 * 16, columns=8, g=BF16, **everything)  # more slabs than a cluster has blocks
 
 
 def _nf4_cases():
