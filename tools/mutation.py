@@ -73,6 +73,10 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "device_dispatch(layer.dtype",
         "left out",
     ): "only the last step reads what other threads wrote, and none comes after",
+    (
+        "cluster_sync();  // all have read",
+        "left out",
+    ): "at the end of a block that is a cluster of its own it orders nothing",
     ("copy_async_wait<0>();", "left out"): "nothing is read after it: it waits so that no copy outlives its block",
     ("first_rank < rank; first_rank += kUpRanks", "to `<=`"): GUARDED,
     ("column0 < f.columns; column0 += kGramColumns", "to `<=`"): GUARDED,
